@@ -811,3 +811,199 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
     assert run.returncode == 2 and "could not be written" in run.stderr and "the previous one is intact" in run.stderr
     assert "Traceback" not in run.stderr and (tmp_path / "r" / "model.pt").read_bytes() == before
     assert not (tmp_path / "r" / "model.pt.tmp").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+@pytest.fixture(scope="module")
+def teacher(tiny, tmp_path_factory):
+    """A checkpoint of a teacher at 48 px, 8-D, one epoch."""
+    out = tmp_path_factory.mktemp("teacher")
+    train.main(TINY(tiny, out / "t", epochs=1) + ["--size", "48"])
+    return out / "t" / "model.pt"
+
+
+@pytest.mark.parametrize("sentence, flags", [
+    ("one sub-folder of images per class", {"dataset": "/nowhere"}), ("one sub-folder of images per class", {"dataset": HERE / ".ci"}),
+    ("cub needs its folder, which holds images.txt", {"dataset": "cub"}), ("resnet18, resnet10", {"arch": "resnet1O"}),
+    ("at least two groups", {"batch": 4}), ("at least two groups", {"batch": 10}), ("finds no CUDA GPU", {"device": "cuda"}),
+    ("must be above 0", {"epochs": 0}), ("at most 1, not 7.0", {"crop": 7}), ("unknown pooling", {"pooling": "avg"}),
+    ("16 px is too small for vgg11", {"arch": "vgg11", "size": 16}), ("resnet10 has no ImageNet weights", {"weights": "imagenet"}),
+    ("there is no checkpoint here.pth", {"weights": "here.pth"}), ("cannot be negative", {"dim": -1})])
+def test_mistakes_are_found_before_training(tiny, tmp_path, capsys, sentence, flags):
+    if sentence == "finds no CUDA GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert sentence in fails(capsys, train, *TINY(tiny, tmp_path / "o", **flags))
+    assert not (tmp_path / "o").exists()
+
+
+def test_too_few_classes_or_images(tmp_path, capsys):
+    for label in range(4):
+        for i in range(3):
+            put(tmp_path / "d" / f"c{label}" / f"{i}.png")
+    assert "triplets need 2 classes, and one with 4 images" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o"))
+    for label in (2, 3):
+        shutil.rmtree(tmp_path / "d" / f"c{label}")
+    assert "1 training classes" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o"))
+
+
+def test_teachers_that_do_not_fit(teacher, tiny, tmp_path, capsys):
+    argv = [*TINY(tiny, tmp_path / "o", epochs=1, forward=8), "--student-size", "32", "--copies", "1"]
+    whole = teacher.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
+    for name, sentence in (("none.pt", "there is no checkpoint"), ("cut.pt", "is not a readable checkpoint"),
+                           ("text.pt", "is not a readable checkpoint"), ("other.pt", "is not a checkpoint of this project")):
+        assert sentence in fails(capsys, distill, *argv, "--teacher", tmp_path / name)
+    assert "--dim 16: the teacher has 8 dimensions" in fails(capsys, distill, *argv, "--teacher", teacher, "--dim", 16)
+    assert "the student is a mobilenet_v3_small, the teacher a resnet10" in fails(
+        capsys, distill, *argv, "--teacher", teacher, "--arch", "mobilenet_v3_small", "--weights", "teacher")
+    distill.main([*argv, "--teacher", str(teacher), "--teacher-size", "40", "--student-size", "56"])
+    said = capsys.readouterr().err
+    assert "warning: the teacher was trained at 48 px and is used at 40" in said
+    assert "warning: the student's images (56 px) are larger than the teacher's (40)" in said
+
+
+def test_a_folder_of_another_run(teacher, tiny, capsys):
+    out = teacher.parent
+    assert "its --lr is 0.001, not 0.5" in fails(capsys, train, *TINY(tiny, out, epochs=1, lr=0.5), "--size", 48)
+    assert "its --size is 48, not 32" in fails(capsys, train, *TINY(tiny, out, epochs=1), "--size", 32)
+    train.main(TINY(tiny, out, epochs=1) + ["--size", "48"])                    # finished: loaded, not trained again
+    assert "step" not in capsys.readouterr().err
+
+
+def test_evaluate_refuses(teacher, tiny, tmp_path, capsys):
+    index, other = tmp_path / "i.pt", EmbeddingNet("resnet10", dim=8, pretrained=False)
+    evaluate.main(["--teacher", str(teacher), "--database", str(tiny / "class0"), "--index", str(index), "--workers", "0"])
+    for name, net, change in (("alien.pt", other, "made by another network"), ("d4.pt", EmbeddingNet("resnet10", dim=4, pretrained=False),
+                                                                               "has 4 dimensions, the index")):
+        net.teacher, net.size = "0" * 16, 32
+        save_checkpoint(tmp_path / name, net)
+        assert change in fails(capsys, evaluate, "--student", tmp_path / name, "--index", index, "--query", tiny / "class0" / "0.png")
+    assert "has 4 dimensions, its teacher" in fails(capsys, evaluate, "--teacher", teacher, "--student", tmp_path / "d4.pt")
+    assert "is not an index" in fails(capsys, evaluate, "--student", teacher, "--index", teacher, "--query", tiny / "class0" / "0.png")
+    assert "no images under" in fails(capsys, evaluate, "--teacher", teacher, "--database", tmp_path, "--index", index)
+    assert "cannot be read as an image" in fails(capsys, evaluate, "--student", teacher, "--index", index, "--query", tmp_path / "no.png")
+    assert "--teacher is needed" in fails(capsys, evaluate)
+    evaluate.main(["--student", str(teacher), "--index", str(index), "--query", str(tiny / "class0" / "3.png"), "--top", "2"])
+    answer = capsys.readouterr().out.splitlines()
+    assert answer[1].split() == ["1.0000", str(tiny / "class0" / "3.png")] and len(answer) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(tiny, tmp_path, capsys, workers):
+    shutil.copytree(tiny, tmp_path / "d")
+    bad = tmp_path / "d" / "class1" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    assert f"{bad} cannot be read as an image" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o", workers=workers), "--size", 32)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
+    """At that step; the checkpoint is the last good one."""
+    real, calls = train.triplet_loss, []
+    monkeypatch.setattr(train, "triplet_loss", lambda *a: real(*a) * (math.nan if calls.append(1) or len(calls) == 4 else 1))
+    sentence = fails(capsys, train, *TINY(tiny, tmp_path, forward=8, epochs=9), "--size", 32)
+    assert "not finite at epoch 1, step 2 (triplet nan)" in sentence and "last good checkpoint" in sentence
+    saved = asymres.read_checkpoint(tmp_path / "model.pt")
+    assert saved["training"]["epoch"] == 1 and all(v.isfinite().all() for v in saved["state_dict"].values())
+
+
+def test_out_of_gpu_memory_says_what_to_lower(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "triplet_loss", full)
+    assert "lower --forward (now 4)" in fails(capsys, train, *TINY(tiny, tmp_path), "--size", 32)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch, tiny, tmp_path, capsys):
+    """One sentence with the two ways out; and a file of torchvision's weights is one."""
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    sentence = fails(capsys, train, *TINY(tiny, tmp_path / "o", arch="squeezenet1_1", weights="imagenet"))
+    assert "--weights FILE" in sentence and "--weights random" in sentence
+    assert "could not be downloaded" in fails(capsys, evaluate, "--teacher", "cub-448r-resnet50-512-gem-w")
+    model = asymres.torchvision.models.squeezenet1_1()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    net = EmbeddingNet("squeezenet1_1", pretrained=tmp_path / "w.pth")
+    assert torch.equal(net.backbone[0].weight, model.features[0].weight) and net.frozen_batchnorm
+    with pytest.raises(ValueError, match="does not hold torchvision weights of vgg11"):
+        EmbeddingNet("vgg11", pretrained=tmp_path / "w.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+def damaged(content, draw):
+    """Cut short, with bytes flipped, a piece gone, or a piece of something else."""
+    content, at = bytearray(content), draw.randrange(max(1, len(content)))
+    kind = draw.randrange(4)
+    if kind == 0:
+        return bytes(content[:at])
+    if kind == 1:
+        for _ in range(draw.choice((1, 3, 30))):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    if kind == 2:
+        del content[at:at + draw.choice((1, 7, 100))]
+    if kind == 3:
+        content[at:at + 9] = draw.choice((b"\0" * 9, b"\xff" * 9, b"-1 1e999\n", "ü🥚\n".encode()))
+    return bytes(content)
+
+
+def test_fuzz_checkpoints(teacher, tmp_path):
+    """150 damaged files: refused, or the damage changed nothing; and 9 with the wrong things in them."""
+    draw = random.Random(1)
+    net = EmbeddingNet(backbone=torch.nn.Conv2d(3, 4, 3), dim=4, pretrained=False)
+    save_checkpoint(tmp_path / "n.pt", net, options={"dataset": "x"})
+    whole, survived = (tmp_path / "n.pt").read_bytes(), 0
+    for _ in range(150):
+        (tmp_path / "d.pt").write_bytes(damaged(whole, draw))
+        try:
+            back = load_checkpoint(tmp_path / "d.pt", backbone=torch.nn.Conv2d(3, 4, 3))
+        except ValueError as error:
+            assert "d.pt is not a" in str(error)
+        else:
+            survived += 1
+            assert asymres.fingerprint(back) == asymres.fingerprint(net) and back.options == {"dataset": "x"}
+    assert survived < 75
+    good = asymres.read_checkpoint(teacher)
+    for wrong in (None, 3, [], {"meta": 1, "state_dict": 2}, {**good, "meta": {}}, {**good, "state_dict": None},
+                  {**good, "state_dict": {}}, {**good, "meta": {**good["meta"], "whitening": "x"}},
+                  {**good, "meta": {**good["meta"], "architecture": 5}}, {**good, "meta": {**good["meta"], "mean": [0, 0, 0]}}):
+        torch.save(wrong, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="w.pt is not a checkpoint"):
+            load_checkpoint(tmp_path / "w.pt")
+
+
+def test_fuzz_annotations(tmp_path):
+    """150 damaged annotation files, 50 of each set: a clear error, or labels and paths that stand in the file."""
+    draw = random.Random(2)
+    for name, write, files in (("cub", cub, ["images.txt"]), ("sop", sop, ["Ebay_train.txt"]), ("cars", cars, ["anno_train.csv", "names.csv"])):
+        write(tmp_path / name)
+        right = set(zip(load_dataset(name, str(tmp_path / name), check=False).paths, load_dataset(name, str(tmp_path / name), check=False).labels))
+        for _ in range(50):
+            file = tmp_path / name / draw.choice(files)
+            whole = file.read_bytes()
+            file.write_bytes(damaged(whole, draw))
+            try:
+                dataset = load_dataset(name, str(tmp_path / name), check=False)
+                seen = {(p, l) for p, l in zip(dataset.paths, dataset.labels)}
+                assert {p for p, _ in seen} <= {p for p, _ in right} and all(type(l) is int for _, l in seen)
+            except (ValueError, FileNotFoundError) as error:
+                assert name in str(error) or file.name in str(error) or "anno_" in str(error), error
+            file.write_bytes(whole)
+
+
+def test_fuzz_images(tmp_path):
+    """150 damaged images: one sentence with the file's name, or a picture of some sort; never a hang or another error."""
+    draw, smooth = random.Random(3), RGB.resize((64, 48), Image.BICUBIC)
+    for i, (suffix, image) in enumerate([(".png", smooth), (".jpg", smooth), (".gif", smooth.quantize(32)), (".png", smooth.quantize(32)),
+                                         (".tif", smooth.convert("CMYK"))] * 30):
+        path = tmp_path / f"x{suffix}"
+        image.save(path)
+        path.write_bytes(damaged(path.read_bytes(), draw))
+        try:
+            assert read_image(path).mode == "RGB"
+        except ValueError as error:
+            assert f"x{suffix} cannot be read as an image" in str(error)
