@@ -317,9 +317,9 @@ def _eggs(labels, angles, periods, families, axis, uniform):
 
 # ---------------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
 
-def seeded(*numbers):
+def seeded(*numbers, device="cpu"):
     """A torch.Generator for a tuple of whole numbers: (seed, epoch, position), say."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 MIXUP = torch.distributions.Beta(torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64))
@@ -468,8 +468,8 @@ class ViewLoader:
     def _handed_over(self, batch, event):
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(event)
-        for views in batch[1:]:
-            views.record_stream(stream)
+        for tensor in batch:
+            tensor.record_stream(stream)
         return batch
 
     def _collate(self, samples):

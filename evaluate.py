@@ -229,18 +229,16 @@ def _on_grid(queries, database, same_images):
 
 
 def _rounded(embeddings, name, device):
-    grid = torch.empty(embeddings.shape, dtype=torch.float32, device=device)
-    scale = torch.empty(len(grid), 1, dtype=torch.float64, device=device)
-    for start in range(0, len(grid), TILE):
+    def rounded(start):
         x = embeddings[start:start + TILE].to(device).double()
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         bad = (~norm.isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"{name}: embedding {start + int(bad[0, 0])} is not finite (NaN or infinite)")
         power = torch.where(norm > 0, norm / norm.frexp().mantissa, 1.0)
-        grid[start:start + TILE] = (x / power * 2**26).round() / 2**26
-        scale[start:start + TILE] = power
-    return grid, scale
+        return ((x / power * 2**26).round() / 2**26).float(), power
+
+    return (torch.cat(parts) for parts in zip(*_map(rounded, range(0, len(embeddings), TILE), device)))
 
 
 def _as_list(labels):
@@ -359,7 +357,8 @@ def symmetric(name, net, size, dataset, ks=(1, 8), device=None, **how):
 
 
 def _row(name, net, size, database_size, queries, database, dataset, ks, device):
-    metrics = retrieval_metrics(queries, database, dataset.labels, dataset.labels, ks)
+    device = find_device(device)
+    metrics = retrieval_metrics(queries.to(device), database.to(device), dataset.labels, dataset.labels, ks)
     gflops, milliseconds = cost(net, size, device)
     return {"": name, "network": net.arch, "query px": size, "database px": database_size,
             **{key: 100 * metrics[key] for key in (*(f"R@{k}" for k in ks), "mAP")},

@@ -7,6 +7,7 @@
 This file also holds what every run shares: the recipes, the options, and `fit`, the loop that survives being killed.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -361,9 +362,10 @@ def mine(net, dataset, epoch, options):
     needed, row = torch.cat([anchors, pool]).unique(return_inverse=True)
     embeddings = extract(net, dataset, options.size, device=options.device, workers=options.workers, rows=needed,
                          precision=options.precision)
-    drawn = draw_negatives(embeddings[row[:len(anchors)]], embeddings[row[len(anchors):]], labels[anchors], labels[pool],
-                           NEGATIVES, generator=draw)
-    return torch.cat([anchors[:, None], pool[drawn]], dim=1)
+    on = functools.partial(torch.Tensor.to, device=options.device)
+    drawn = draw_negatives(on(embeddings[row[:len(anchors)]]), on(embeddings[row[len(anchors):]]), on(labels[anchors]),
+                           on(labels[pool]), NEGATIVES, generator=seeded(options.seed, epoch, 1, device=options.device))
+    return torch.cat([anchors[:, None], pool[drawn.cpu()]], dim=1)
 
 
 OTHERS = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])            # of a group of 4, the positives of each
