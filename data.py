@@ -322,7 +322,8 @@ def seeded(*numbers, device="cpu"):
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
-MIXUP = torch.distributions.Beta(torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64))
+JITTER = (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)    # brightness, contrast, saturation, hue
+MIXUP = torch.distributions.Beta(*torch.full((2,), 0.2, dtype=torch.float64))
 
 
 def _grey(x):
@@ -408,17 +409,15 @@ class _Views(Dataset):
             return index, [_pixels(evaluation_crop(image, size))[None] for size in self.sizes], torch.zeros(1, 12)
         pixels, state = _pixels(image), torch.get_rng_state()
         torch.set_rng_state(seeded(self.seed, epoch, position).get_state())     # torchvision draws from the global one
-        boxes, draws = zip(*(self._draw(pixels) for _ in range(self.copies)))
+        boxes, jitter = zip(*((RandomResizedCrop.get_params(pixels, self.crop_scale, (3 / 4, 4 / 3)),
+                               ColorJitter.get_params(*JITTER)) for _ in range(self.copies)))
+        flip, image, view = torch.rand(3, self.copies)
+        draws = torch.tensor([[*factors, *order] for order, *factors in jitter], dtype=torch.float64)
+        draws = torch.cat([(flip < 0.5)[:, None], draws, MIXUP.sample((self.copies, 1)), image[:, None], view[:, None]], 1)
         torch.set_rng_state(state)
         crops = [torch.stack([TF.resized_crop(pixels, *box, [size, size], antialias=True) for box in boxes])
                  for size in self.sizes]
-        return index, crops, torch.stack(draws)
-
-    def _draw(self, pixels):
-        box = RandomResizedCrop.get_params(pixels, self.crop_scale, (3 / 4, 4 / 3))
-        order, *factors = ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))
-        flip, image, view = torch.rand(3).tolist()
-        return box, torch.tensor([flip < 0.5, *factors, *order, MIXUP.sample(), image, view])
+        return index, crops, draws
 
 
 class ViewLoader:
@@ -481,15 +480,15 @@ class ViewLoader:
         return torch.tensor(index), [torch.stack(c) for c in zip(*crops)], draws, partner
 
     def _finish(self, batch):
-        """Flip, colour, normalise and mix on the device: all views at once, or on a CPU one by one, as caches like it."""
+        """Flip, colour, normalise and mix on the device: all views at once, or on a CPU few enough to stay in its cache."""
         index, crops, draws, partner = batch
         on_device = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
         weight, partner, sizes = on_device(draws[:, 9].float()), on_device(partner), []
         for crop in map(on_device, crops):
             flat = crop.flatten(0, 1)                                           # (V, 3, size, size)
-            one = 1 if self.device.type == "cpu" else len(flat)
+            some = max(1, 2 ** 19 // flat[0].numel()) if self.device.type == "cpu" else len(flat)
             views = torch.empty(flat.shape, device=self.device)
-            parts = [slice(v, v + one) for v in range(0, len(flat), one)]
+            parts = [slice(v, v + some) for v in range(0, len(flat), some)]
             for rows in parts:
                 views[rows] = render(flat[rows], draws[rows], self.jitter)
             if self.mixup:                                                      # mean and deviation pass through it

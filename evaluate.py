@@ -204,7 +204,10 @@ def _count_exactly(scores, rows, bounds, bound_rows):  # (q, t), (t,), (q, P), (
 def _exact_scores(queries, database):  # (q, D) @ (D, n) -> (q, n)
     """Inner products without rounding error: float64 products of embeddings that _on_grid made."""
     queries = queries.double()
-    return torch.cat([queries @ rows.double().T for rows in database.split(TILE)], dim=1)
+    scores = queries.new_empty(len(queries), len(database))
+    for part, rows in zip(scores.split(TILE, dim=1), database.split(TILE)):
+        torch.mm(queries, rows.double().T, out=part)
+    return scores
 
 
 def _on_grid(queries, database, same_images):
