@@ -279,7 +279,7 @@ def synthetic(part, seed=0):
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles, periods = uniform(0, np.pi, 180, 2), uniform(0.09, 0.20, 180, 2)
+    angles, periods = uniform(0, np.pi, 180, 2), uniform(0.10, 0.22, 180, 2)
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
     classes = range(120) if part == "train" else range(120, 180)
     draw.manual_seed(seed + 1 + len(classes))
