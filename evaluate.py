@@ -30,11 +30,12 @@ from data import ImageSet, ViewLoader, evaluation_crop, list_images, load_datase
 
 TILE = 512  # database rows at a time; with 1024 queries the float32 scores are 2 MiB, which stay in the cache
 LIMIT = 2**22  # float64 scores held at a time by a thread: 32 MiB
+FEW = 64  # correct images up to which a pass over the scores for each of them is cheaper than sorting each tile
 
 
 @torch.no_grad()
 def knn(queries, database, k, same_images=False, chunk=512):
-    """The k best database rows of every query: scores (Q, k), best first, and row numbers (Q, k).
+    """The k best database rows of every query: scores (Q, k), best first, in float64, and row numbers (Q, k).
 
     queries (Q, D), database (N, D). Equal scores rank in database order. same_images=True: query i and row i are the
     same image, which is left out of its own answer. If fewer than k rows are left, that many columns come back.
@@ -112,7 +113,7 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     parts, sizes = [slice(0, 0)], count.tolist()
     while parts[-1].stop < len(queries):
         start = parts[-1].stop
-        parts.append(slice(start, start + max(1, min(chunk, LIMIT // sizes[start]))))
+        parts.append(slice(start, start + max(1, min(chunk, LIMIT // (8 * sizes[start])))))
     with _real_float32():
         results = _map(evaluate, parts[1:], database.device)
     return {name: torch.cat([result[name] for result in results]).mean().item() for name in results[0]}
@@ -155,22 +156,27 @@ def _ranks(queries, own, first, count, error, database, place):
                        for q, c in zip(queries.split(64), place_of.split(64))])
     row = place[place_of]
     score, order = score.masked_fill((column >= count) | (row == own), -math.inf).sort(dim=1, descending=True, stable=True)
-    row, correct = row.gather(1, order), score.isfinite()
+    most = int(score.isfinite().sum(1).max())
+    score, row = score[:, :most].contiguous(), row.gather(1, order[:, :most])
+    correct = score.isfinite()
     score.masked_fill_(~correct, math.inf)  # that nothing beats
 
     better = torch.zeros_like(score)  # how many images of other classes rank before
     low, high = (score - error).float(), (score + error).float()
-    dots, hits = torch.empty(2, len(queries), TILE, device=place.device)
+    few = score.shape[1] <= FEW
+    dots, hits = torch.empty(2, len(queries) * few, TILE, device=place.device)
     for c in range(0, len(database), TILE):
         tile = slice(c, min(c + TILE, len(database)))
-        dot, hit = dots[:, :tile.stop - c], hits[:, :tile.stop - c]
-        torch.mm(queries, database[tile].T, out=dot)  # (q, D) @ (D, t) -> (q, t)
-        if c < end and begin < tile.stop:
-            column = torch.arange(c, tile.stop, device=place.device)
-            dot.masked_fill_((column >= first) & (column < first + count), -math.inf)
-        beats = _count(torch.gt, dot, high, hit)
-        doubt = _count(torch.ge, dot, low, hit) - beats  # (q, P), how many scores are too close to tell
-        if 0 < doubt.sum() <= len(queries):
+        column = torch.arange(c, tile.stop, device=place.device)
+        correct_here = (column >= first) & (column < first + count) if c < end and begin < tile.stop else None
+        if few:
+            dot, hit = dots[:, :len(column)], hits[:, :len(column)]
+            torch.mm(queries, database[tile].T, out=dot)  # (q, D) @ (D, t) -> (q, t)
+            if correct_here is not None:
+                dot.masked_fill_(correct_here, -math.inf)
+            beats = _count(torch.gt, dot, high, hit)
+            doubt = _count(torch.ge, dot, low, hit) - beats  # (q, P), how many scores are too close to tell
+        if few and doubt.sum() <= 4 * len(queries):
             i, j = doubt.nonzero(as_tuple=True)
             near = dot[i]
             near, t = ((near >= low[i, j, None]) & (near <= high[i, j, None])).nonzero(as_tuple=True)
@@ -178,10 +184,11 @@ def _ranks(queries, own, first, count, error, database, place):
             exact = (queries[i].double() * database[tile][t].double()).sum(1)
             wins = (exact > score[i, j]) | (exact == score[i, j]) & (place[tile][t] < row[i, j])
             beats.index_put_((i, j), wins.double(), accumulate=True)
-        elif doubt.any():
-            some = doubt.any(1)
-            exact = _exact_scores(queries[some], database[tile]).masked_fill_(dot[some].isinf(), -math.inf)
-            beats[some] = _count_exactly(exact, place[tile], score[some], row[some])
+        else:
+            exact = _exact_scores(queries, database[tile])
+            if correct_here is not None:
+                exact.masked_fill_(correct_here, -math.inf)
+            beats = _count_exactly(exact, place[tile], score, row)
         better += beats
     return (better + torch.arange(score.shape[1], device=place.device)).masked_fill_(~correct, math.inf)
 
@@ -194,11 +201,14 @@ def _count(compare, scores, bounds, hits):  # (q, t), (q, P), workspace (q, t) -
 
 def _count_exactly(scores, rows, bounds, bound_rows):  # (q, t), (t,), (q, P), (q, P) -> (q, P)
     """How many of a query's scores rank before each of its bounds: those above, and those equal but of an earlier row."""
-    hits = torch.empty_like(scores)
-    before = _count(torch.gt, scores, bounds, hits)
-    for j in (before != _count(torch.ge, scores, bounds, hits)).any(0).nonzero():
-        before[:, j] += ((scores == bounds[:, j]) & (rows < bound_rows[:, j])).sum(1, keepdim=True)
-    return before
+    ordered = scores.sort(dim=1).values
+    below, reached = torch.searchsorted(ordered, bounds), torch.searchsorted(ordered, bounds, right=True)
+    if (below == reached).all():
+        return scores.shape[1] - reached
+    # ties: whole numbers that grow with the score (the scores below it plus those it reaches) and then with earlier rows
+    keys = (torch.searchsorted(ordered, scores) + torch.searchsorted(ordered, scores, right=True)) * 2**40 - rows
+    bounds = (below + reached) * 2**40 - bound_rows
+    return scores.shape[1] - torch.searchsorted(keys.sort(dim=1).values, bounds, right=True)
 
 
 def _exact_scores(queries, database):  # (q, D) @ (D, n) -> (q, n)
@@ -213,8 +223,8 @@ def _exact_scores(queries, database):  # (q, D) @ (D, n) -> (q, n)
 def _on_grid(queries, database, same_images):
     """Checked and rounded: queries (Q, D), database (N, D), float32, and what their products are to be multiplied by.
 
-    A row is divided by a power of two that brings its norm to [1/2, 1) and rounded to multiples of 2^-26, which fit
-    float32. Products of two such numbers are multiples of 2^-52 and no partial sum passes 1: float64 holds them all.
+    A row is divided by a power of two that brings its norm to [1/2, 1) and rounded to a float32 multiple of 2^-26.
+    Products of two such numbers are multiples of 2^-52 and no partial sum reaches 2: float64 holds them all.
     Database rows then get their powers of two back, relative to the largest; queries need none to be ranked.
     """
     queries, database = torch.as_tensor(queries), torch.as_tensor(database)
