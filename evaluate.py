@@ -566,8 +566,10 @@ def _evaluate(options, teacher, students, how):
             raise ValueError(f"{path} has {student.dim} dimensions, its teacher {options.teacher} has {teacher.dim}")
         if student.teacher not in (None, fingerprint(teacher)):
             warn(f"{path} was distilled from another teacher than {options.teacher}")
-    dataset = load_dataset(options.dataset or teacher.options.get("dataset") or "none given", options.root
-                           or teacher.options.get("root"), "val" if options.validation else "test")
+    name, root = options.dataset or teacher.options.get("dataset"), options.root or teacher.options.get("root")
+    if not name:
+        raise ValueError(f"{options.teacher} does not say which data set it was trained on: give --dataset")
+    dataset = load_dataset(name, root, "val" if options.validation else "test")
     supervised = [_load(path, None, "another file") for path in options.supervised]
     rows, found = trade_off(teacher, students, dataset, supervised, ks=tuple(options.ks), **how)
     print_table(rows)
