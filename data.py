@@ -17,6 +17,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import ColorJitter, RandomResizedCrop
@@ -272,45 +273,46 @@ def list_images(root, depth=None):
 
 @functools.lru_cache
 def synthetic(part, seed=0):
-    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 20 to train, other 60 x 16 to test.
+    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 60 others x 16 to test.
 
-    A class is the stripes of its shell and of its yolk, an angle and a period each; colour (6 families) tells little,
-    and the finer periods are near what 32 pixels can hold. Images vary in pose, scale, side, light and background.
+    A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while at 32 px the
+    finer ones are near the limit of what pixels can hold. Colour (6 families) tells little. Images vary in pose, scale,
+    side, light, blotches and background.
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles, periods = uniform(0, np.pi, 180, 2), uniform(0.10, 0.22, 180, 2)
+    angles, periods = uniform(0, np.pi, 180, 3), uniform(0.13, 0.19, 180, 3)    # period: of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
     classes = range(120) if part == "train" else range(120, 180)
     draw.manual_seed(seed + 1 + len(classes))
-    labels = [c for c in classes for _ in range(20 if part == "train" else 16)]
-    axis = (torch.arange(160) + 0.5) / 80 - 1                                   # drawn at twice the size, then halved
-    images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, axis, uniform)
+    labels = [c for c in classes for _ in range(8 if part == "train" else 16)]
+    images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, uniform)
                              for i in range(0, len(labels), 60)])
     return images, labels
 
 
-def _eggs(labels, angles, periods, families, axis, uniform):
-    n = len(labels)
+def _eggs(labels, angles, periods, families, uniform):
+    n, axis = len(labels), (torch.arange(160) + 0.5) / 80 - 1                   # drawn at twice the size, then halved
+    halved = lambda field: F.avg_pool2d(field, 2)[:, None]                      # (n, 160, 160) -> (n, 1, 80, 80)
+    clouds = lambda *sides: sum(F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
+                                for side in sides) / len(sides)
     one = lambda low, high: uniform(low, high, n, 1, 1)
     x, y = axis[None, None, :] - one(-0.12, 0.12), axis[None, :, None] - one(-0.12, 0.12)
-    tilt, scale, side = one(-0.1, 0.1), one(0.93, 1.07), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
+    tilt, scale, side = one(-0.04, 0.04), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
     x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale  # (n, 160, 160)
-    radius = ((x / 0.62).square() + (y / 0.82).square()).sqrt()                 # 1 on the outline
-    shell, yolk = (torch.sigmoid((edge - radius) * 40) for edge in (1.0, 0.55))
-    stripes = []
-    for field in range(2):
+    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()                 # 1 on the outline
+    stripes = torch.zeros_like(radius)
+    for field, edge in enumerate((1.0, 0.72, 0.42)):                            # shell, white, yolk: each over the last
         angle, period = (t[labels, field][:, None, None] for t in (angles, periods))
         phase = (x * angle.cos() + y * angle.sin()) / period + one(0, 1)
-        stripes.append(torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5)
-    halved = lambda field: torch.nn.functional.avg_pool2d(field, 2)[:, None]    # (n, 160, 160) -> (n, 1, 80, 80)
-    pattern, shell, shade = halved(torch.lerp(*stripes, yolk)), halved(shell), 1.08 - 0.3 * halved(radius.square())
+        wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
+        stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
     colour = (families[labels % 6] + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[:, :, :, None, None]
-    egg = torch.lerp(0.45 * colour[:, 0], 0.45 + 0.55 * colour[:, 1], pattern) * shade.clamp(min=0.2)
-    litter = sum(torch.nn.functional.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
-                 for side in (5, 11, 40)) / 3
-    litter = torch.lerp(litter, litter.mean(1, keepdim=True), 0.4)
-    scene = torch.lerp(0.15 + 0.7 * litter, egg, shell) * uniform(0.75, 1.2, n, 1, 1, 1)
+    egg = torch.lerp(0.45 * colour[:, 0], 0.45 + 0.55 * colour[:, 1], halved(stripes))
+    egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2) + 0.4 * clouds(5, 11) - 0.2
+    litter = clouds(5, 11, 40)
+    litter = 0.15 + 0.7 * torch.lerp(litter, litter.mean(1, keepdim=True), 0.4)
+    scene = torch.lerp(litter, egg, halved(((1 - radius) * 40).sigmoid())) * uniform(0.75, 1.2, n, 1, 1, 1)
     scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 

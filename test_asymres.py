@@ -667,9 +667,9 @@ def test_folders_and_their_quirks(tiny, tmp_path):
 
 def test_the_embedded_data_set():
     (images, labels), (_, others) = data.synthetic("train"), data.synthetic("test")
-    assert images.shape == (2400, 80, 80, 3) and len(others) == 960 and not set(labels) & set(others)
-    assert np.bincount(labels).tolist() == [20] * 120
-    assert len(load_dataset("synthetic", split="val")) == 1200 and images[0].std() > 20
+    assert images.shape == (960, 80, 80, 3) and len(others) == 960 and not set(labels) & set(others)
+    assert np.bincount(labels).tolist() == [8] * 120
+    assert len(load_dataset("synthetic", split="val")) == 480 and images[0].std() > 20
 
 
 def test_download_verifies_and_unpacks(tmp_path, monkeypatch, capsys):

@@ -35,8 +35,8 @@ RECIPES = {
     "cars": dict(PAPER, teacher=TEACHER, student=dict(STUDENT, lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731)),
     "sop": dict(PAPER, teacher=TEACHER, student=dict(STUDENT, lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778)),
     "synthetic": dict(arch="resnet10", dim=64, weights="random", large=64, small=32,
-                      teacher=dict(epochs=2, lr=2e-3, batch=24, forward=24, crop=0.6),
-                      student=dict(epochs=10, lr=2e-3, batch=16, forward=16, crop=0.5, copies=4, lambda_ts=0.75,
+                      teacher=dict(epochs=6, lr=2e-3, batch=16, forward=16, crop=0.85),
+                      student=dict(epochs=10, lr=3e-3, batch=8, forward=8, crop=0.5, copies=8, lambda_ts=0.75,
                                    lambda_ss=0.75)),
 }
 RECIPES["a folder"] = RECIPES["cub"]
