@@ -297,10 +297,10 @@ def load_checkpoint(path_or_name, backbone=None):
                 torch.hub.download_url_to_file(RELEASED_URL.format(path_or_name), path)
             except OSError as error:
                 raise OSError(f"{path_or_name} could not be downloaded ({error}): put the file at {path}") from error
-    return network_from(read_checkpoint(path), path, backbone)
+    return _network_from(read_checkpoint(path), path, backbone)
 
 
-def network_from(content, path, backbone=None):
+def _network_from(content, path, backbone=None):
     """The EmbeddingNet, in eval mode, of a checkpoint's content; `path` is what errors and the size are named by."""
     try:
         meta, weights = content["meta"], content["state_dict"]

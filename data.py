@@ -273,7 +273,7 @@ def list_images(root, depth=None):
 
 @functools.lru_cache
 def synthetic(part, seed=0):
-    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 60 others x 16 to test.
+    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 30 others x 16 to test.
 
     A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while at 32 px the
     finer ones are near the limit of what pixels can hold. Colour (6 families) tells little. Images vary in pose, scale,
@@ -281,9 +281,9 @@ def synthetic(part, seed=0):
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles, periods = uniform(0, np.pi, 180, 3), uniform(0.13, 0.19, 180, 3)    # period: of half the side of the image
+    angles, periods = uniform(0, np.pi, 180, 3), uniform(0.12, 0.15, 180, 3)    # period: of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
-    classes = range(120) if part == "train" else range(120, 180)
+    classes = range(120) if part == "train" else range(120, 150)
     draw.manual_seed(seed + 1 + len(classes))
     labels = [c for c in classes for _ in range(8 if part == "train" else 16)]
     images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, uniform)
@@ -298,7 +298,7 @@ def _eggs(labels, angles, periods, families, uniform):
                                 for side in sides) / len(sides)
     one = lambda low, high: uniform(low, high, n, 1, 1)
     x, y = axis[None, None, :] - one(-0.12, 0.12), axis[None, :, None] - one(-0.12, 0.12)
-    tilt, scale, side = one(-0.04, 0.04), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
+    tilt, scale, side = one(-0.015, 0.015), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
     x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale  # (n, 160, 160)
     radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()                 # 1 on the outline
     stripes = torch.zeros_like(radius)

@@ -39,7 +39,8 @@ def parse(argv):
     add("--lambda-ss", type=float, default=default["lambda_ss"], help="weight of the student-student relations")
     add("--regression", action="store_true", help="no augmentation: absolute term only, on fixed teacher embeddings")
     if teacher:
-        parser.set_defaults(dim=teacher.dim, teacher_size=teacher.size or default["large"], root=theirs.get("root"))
+        parser.set_defaults(dim=teacher.dim, arch=teacher.arch, teacher_size=teacher.size or default["large"],
+                            root=theirs.get("root"), weights=theirs.get("weights", default["weights"]))
     options = parser.parse_args(argv)
     name = os.path.basename(os.path.normpath(dataset))
     options.out = options.out or f"runs/{name}-{options.teacher_size}to{options.student_size}-seed{options.seed}"

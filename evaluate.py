@@ -427,8 +427,8 @@ def draw_figure(path, dataset, found, queries=6, top=8, seed=0, by="seed"):
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     if by == "disagreement":
         chosen = (found["database"] * found["student"]).sum(1).argsort()
-    has_company = (labels[:, None] == labels.unique()).sum(0)[torch.unique(labels, return_inverse=True)[1]] > 1
-    chosen = chosen[has_company[chosen]][:queries]
+    _, number, sizes = labels.unique(return_inverse=True, return_counts=True)
+    chosen = chosen[sizes[number[chosen]] > 1][:queries]                        # those that have something to find
 
     tile, gap, caption, head = 132, 10, 140, 56             # px
     block, left = 2 * tile + gap, 2 * tile + 2 * gap + caption        # a query's side; where its answers begin

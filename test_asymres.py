@@ -667,7 +667,7 @@ def test_folders_and_their_quirks(tiny, tmp_path):
 
 def test_the_embedded_data_set():
     (images, labels), (_, others) = data.synthetic("train"), data.synthetic("test")
-    assert images.shape == (960, 80, 80, 3) and len(others) == 960 and not set(labels) & set(others)
+    assert images.shape == (960, 80, 80, 3) and len(others) == 480 and not set(labels) & set(others)
     assert np.bincount(labels).tolist() == [8] * 120
     assert len(load_dataset("synthetic", split="val")) == 480 and images[0].std() > 20
 
@@ -701,12 +701,13 @@ def program(*argv, **how):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
 
 
-def test_the_whole_chain_through_the_command_line(tiny, tmp_path):
+def test_the_whole_chain_through_the_command_line(tiny, tmp_path, capsys):
     """train, distil, evaluate, index, search."""
     teacher, student = tmp_path / "t" / "model.pt", tmp_path / "s" / "model.pt"
     run = program("train.py", *TINY(tiny, tmp_path / "t"), "--size", 48)
     assert run.returncode == 0 and "48" in run.stdout, run.stderr
-    run = program("distill.py", *TINY("", tmp_path / "s")[2:], "--teacher", teacher, "--student-size", 32, "--copies", 3)
+    run = program("distill.py", "--teacher", teacher, "--student-size", 32, "--out", tmp_path / "s", "--epochs", 2, "--batch", 8,
+                  "--copies", 3, "--workers", 0, "--device", "cpu")             # its network and start are the teacher's
     assert run.returncode == 0 and "student, asymmetric" in run.stdout and (tmp_path / "s" / "queries.png").exists(), run.stderr
     log = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
     assert {"absolute", "teacher-student", "student-student", "lr", "images_per_s"} <= log[-1].keys() and log[-1]["epoch"] == 1
@@ -718,13 +719,15 @@ def test_the_whole_chain_through_the_command_line(tiny, tmp_path):
     assert [row["query px"] for row in table] == [48, 32, 32, 32, 32, 32] and all(0 <= row["R@1"] <= 100 for row in table)
     assert table[2]["GFLOPs/query"] < table[0]["GFLOPs/query"] and Image.open(tmp_path / "f.png").width > 1000
     (tiny / "class0" / "broken.png").write_text("x")
-    run = program("evaluate.py", "--teacher", teacher, "--database", tiny, "--index", tmp_path / "i.pt", "--workers", 0)
+    evaluate.main(["--teacher", str(teacher), "--database", str(tiny), "--index", str(tmp_path / "i.pt"), "--workers", "0"])
     (tiny / "class0" / "broken.png").unlink()
-    assert "27 images" in run.stdout and "1 skipped" in run.stdout and "broken.png" in run.stderr, run.stderr
+    said = capsys.readouterr()
+    assert "27 images" in said.out and "1 skipped" in said.out and "broken.png" in said.err
     teacher.rename(tmp_path / "away.pt")                                        # a search needs the student only
-    wanted = tiny / "class1" / "2.png"
-    run = program("evaluate.py", "--student", student, "--index", tmp_path / "i.pt", "--query", wanted, "--top", 27)
-    assert run.stdout.splitlines()[0] == str(wanted) and str(wanted) in run.stdout.split("\n", 1)[1], run.stderr
+    wanted = str(tiny / "class1" / "2.png")
+    evaluate.main(["--student", str(student), "--index", str(tmp_path / "i.pt"), "--query", wanted, "--top", "27"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == wanted and len(lines) == 28 and any(wanted in line for line in lines[1:])
 
 
 def test_schedule_ends_with_the_steps(tiny, tmp_path, monkeypatch, quiet):
@@ -770,7 +773,7 @@ def test_killed_and_continued_is_as_if_nothing_had_happened(tiny, tmp_path):
     assert subprocess.run(command(tmp_path / "whole"), **how).returncode == 0
     draw, kills = random.Random(0), 0
     path = tmp_path / "killed" / "model.pt"
-    for attempt in range(8):
+    for attempt in range(5):
         run = subprocess.Popen(command(tmp_path / "killed"), **how)
         while run.poll() is None and not (path.exists() if attempt % 2 else Path(f"{path}.tmp").exists()):
             time.sleep(0.001)                                                   # odd: at work; even: while it writes
@@ -780,7 +783,7 @@ def test_killed_and_continued_is_as_if_nothing_had_happened(tiny, tmp_path):
         run.communicate()
         if attempt % 2:
             assert load_checkpoint(path).dim == 8                               # never half a file
-    assert kills >= 4
+    assert kills >= 3
     final = subprocess.run(command(tmp_path / "killed"), **how)
     assert final.returncode == 0, final.stderr
     ours, whole = (load_checkpoint(tmp_path / name / "model.pt").state_dict() for name in ("killed", "whole"))
@@ -801,16 +804,16 @@ def test_ctrl_c_saves_and_says_so(tiny, tmp_path):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
-    """A limit on file size stands for the disk: the first run fits, a larger file does not."""
-    argv = TINY(tiny, tmp_path / "r", epochs=1)
-    assert program("train.py", *argv, "--size", 32).returncode == 0
-    before = (tmp_path / "r" / "model.pt").read_bytes()
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); import asymres, data;"
-            "net = asymres.load_checkpoint(sys.argv[1]); data.run_command(lambda: asymres.save_checkpoint(sys.argv[1], net))")
-    run = program("-c", code, tmp_path / "r" / "model.pt")
+    """A limit on file size stands for the disk: the first checkpoint fits, the next one, with AdamW's state, does not."""
+    argv, path = TINY(tiny, tmp_path / "r", epochs=1), tmp_path / "r" / "model.pt"
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 2**20, 30 * 2**20));"
+            "import data, train; data.run_command(lambda: train.main(sys.argv[1:]))")
+    run = program("-c", code, *argv, "--size", 32)
     assert run.returncode == 2 and "could not be written" in run.stderr and "the previous one is intact" in run.stderr
-    assert "Traceback" not in run.stderr and (tmp_path / "r" / "model.pt").read_bytes() == before
-    assert not (tmp_path / "r" / "model.pt.tmp").exists()
+    assert "Traceback" not in run.stderr and not (tmp_path / "r" / "model.pt.tmp").exists()
+    assert asymres.read_checkpoint(path)["training"]["epoch"] == 0
+    train.main(argv + ["--size", "32"])                                         # space again: the same command continues
+    assert "training" not in asymres.read_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -36,7 +36,7 @@ RECIPES = {
     "sop": dict(PAPER, teacher=TEACHER, student=dict(STUDENT, lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778)),
     "synthetic": dict(arch="resnet10", dim=64, weights="random", large=64, small=32,
                       teacher=dict(epochs=6, lr=2e-3, batch=16, forward=16, crop=0.85),
-                      student=dict(epochs=10, lr=3e-3, batch=8, forward=8, crop=0.5, copies=8, lambda_ts=0.75,
+                      student=dict(epochs=10, lr=4e-3, batch=8, forward=8, crop=0.5, copies=8, lambda_ts=0.75,
                                    lambda_ss=0.75)),
 }
 RECIPES["a folder"] = RECIPES["cub"]
