@@ -283,7 +283,7 @@ def synthetic(part, seed=0):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
     angles, periods = uniform(0, np.pi, 180, 3), uniform(0.12, 0.15, 180, 3)    # period: of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
-    classes = range(120) if part == "train" else range(120, 150)
+    classes = range(120) if part == "train" else range(120, 150)                # the last 30 are not used
     draw.manual_seed(seed + 1 + len(classes))
     labels = [c for c in classes for _ in range(8 if part == "train" else 16)]
     images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, uniform)

@@ -805,7 +805,7 @@ def test_ctrl_c_saves_and_says_so(tiny, tmp_path):
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
     """A limit on file size stands for the disk: the first checkpoint fits, the next one, with AdamW's state, does not."""
-    argv, path = TINY(tiny, tmp_path / "r", epochs=1), tmp_path / "r" / "model.pt"
+    argv, path = TINY(tiny, tmp_path / "r"), tmp_path / "r" / "model.pt"
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 2**20, 30 * 2**20));"
             "import data, train; data.run_command(lambda: train.main(sys.argv[1:]))")
     run = program("-c", code, *argv, "--size", 32)
