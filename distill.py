@@ -1,10 +1,11 @@
 """The student: distillation without labels from large to small resolution (Sec. 3.3), and the paper in miniature.
 
-    python distill.py                                                   # all of it on an embedded data set: 4 minutes
+    python distill.py                                                   # the embedded data set: 4 minutes on two cores
     python distill.py --teacher runs/cub-448/model.pt --student-size 224            # the paper's setting, one GPU
 
 Without --teacher, the teacher and the baseline with labels at the small size are trained first, by train.py's code,
 or taken from runs/ where they are. The run ends with a table of what small queries find in the database of large images.
+Expect R@1 (seeds 1-3): teacher 93-98, its own small queries 2-6, labels at the small size 23-41, student 75-97.
 """
 import argparse
 import os
