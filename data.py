@@ -273,7 +273,7 @@ def list_images(root, depth=None):
 
 @functools.lru_cache
 def synthetic(part, seed=0):
-    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 30 others x 16 to test.
+    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 60 others x 16 to test.
 
     A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while at 32 px the
     finer ones are near the limit of what pixels can hold. Colour (6 families) tells little. Images vary in pose, scale,
@@ -283,7 +283,7 @@ def synthetic(part, seed=0):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
     angles, periods = uniform(0, np.pi, 180, 3), uniform(0.12, 0.15, 180, 3)    # period: of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
-    classes = range(120) if part == "train" else range(120, 150)                # the last 30 are not used
+    classes = range(120) if part == "train" else range(120, 180)
     draw.manual_seed(seed + 1 + len(classes))
     labels = [c for c in classes for _ in range(8 if part == "train" else 16)]
     images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, uniform)
