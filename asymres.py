@@ -75,10 +75,13 @@ class EmbeddingNet(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen_batchnorm:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        return self.freeze_statistics() if self.frozen_batchnorm else self
+
+    def freeze_statistics(self):
+        """Batch-norm uses its running statistics, and leaves them alone, until the next `train()`."""
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     def forward(self, images):

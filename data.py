@@ -277,7 +277,7 @@ def synthetic(part, seed=0):
 
     A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while at 32 px the
     finer ones are near the limit of what pixels can hold. Colour (6 families) tells little. Images vary in pose, scale,
-    side, light, blotches and background.
+    side, light, contrast, blotches and background.
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
@@ -307,6 +307,7 @@ def _eggs(labels, angles, periods, families, uniform):
         phase = (x * angle.cos() + y * angle.sin()) / period + one(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
+    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)                              # from soft to bold
     colour = (families[labels % 6] + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[:, :, :, None, None]
     egg = torch.lerp(0.45 * colour[:, 0], 0.45 + 0.55 * colour[:, 1], halved(stripes))
     egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2) + 0.4 * clouds(5, 11) - 0.2

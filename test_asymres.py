@@ -361,6 +361,15 @@ def test_batchnorm_is_frozen_only_when_pretrained():
         assert net.backbone[1].weight.grad is not None                          # scale and shift are learned all the same
 
 
+def test_batchnorm_statistics_stand_still_at_the_end(tiny, tmp_path, quiet, monkeypatch):
+    """From random weights they train for 7 epochs of 10, then the network trains as it will be used."""
+    seen, real = [], train._Run.end_epoch
+    monkeypatch.setattr(train._Run, "end_epoch", lambda run: real(run) or seen.append(run.net.backbone[1].running_var.clone()))
+    net = train.train(train.parse(TINY(tiny, tmp_path / "r", epochs=10) + ["--size", "32"]))
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [False] * 6 + [True] * 3
+    assert not net.frozen_batchnorm                                             # a student started from it trains them
+
+
 def test_the_teacher_stays_as_it_is(tiny, tmp_path, quiet):
     """After a distillation: no gradient, no moved statistics, no changed weight; the student moved."""
     teacher = EmbeddingNet("resnet10", dim=8, pretrained=False)

@@ -41,6 +41,7 @@ RECIPES = {
 }
 RECIPES["a folder"] = RECIPES["cub"]
 NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
+SETTLED = 0.7               # share of the epochs after which batch-norm statistics stand still, from random weights too
 MOVABLE = ("out", "root", "device", "workers", "minutes")                      # may change when a run is continued
 
 
@@ -150,6 +151,8 @@ def fit(net, loader, rows_for, losses, options):
                 run.rows = rows_for(run.epoch)
             steps = divide(run.rows, options.batch, options.forward)
             net.train()
+            if run.epoch >= SETTLED * options.epochs:
+                net.freeze_statistics()
             done = sum(map(len, steps[:run.step]))
             batches = loader.epoch(run.epoch, [part.flatten() for step in steps for part in step], skip=done)
             for step in steps[run.step:]:
