@@ -41,7 +41,7 @@ RECIPES = {
 }
 RECIPES["a folder"] = RECIPES["cub"]
 NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
-SETTLED = 0.7               # share of the epochs after which batch-norm statistics stand still, from random weights too
+SETTLED = 0.7   # of the epochs; then batch-norm statistics stand still, so that a network ends trained as it is used
 MOVABLE = ("out", "root", "device", "workers", "minutes")                      # may change when a run is continued
 
 
@@ -75,7 +75,8 @@ def common_options(role, description, dataset):
     add("--out", help="folder of this run; by default named by data set, size and seed, under runs/")
     add("--arch", default=default["arch"], help="a torchvision convolutional classifier, or resnet10")
     add("--dim", type=int, default=default["dim"], help="dimensions of the embedding, 0: the backbone's own")
-    add("--weights", default=default["weights"], help="where to start: imagenet, random, or a file of torchvision's weights")
+    add("--weights", default=default["weights"], help="where to start: imagenet, random, a file of torchvision's weights"
+                                                      + ", or teacher" * (role == "student"))
     add("--epochs", type=int, default=default["epochs"], help="passes over the training set")
     add("--lr", type=float, default=default["lr"], help="peak learning rate of the one-cycle schedule")
     add("--batch", type=int, default=default["batch"], help="images to an optimizer step (for the teacher: anchors)")
