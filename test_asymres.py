@@ -180,8 +180,8 @@ def test_negative_probabilities_follow_the_formula():
 
 def test_negative_probabilities_at_the_ends():
     """Duplicates and antipodes: no NaN, rows sum to one, nothing of the anchor's class."""
-    anchors = unit(4, 512)
-    pool, labels = torch.cat([anchors, -anchors, anchors]), torch.tensor([0, 1, 2, 3] * 2 + [7] * 4)
+    anchors = torch.eye(4, 512)                                                 # whose products are exact
+    pool, labels = torch.cat([anchors, -anchors, anchors]), torch.tensor([0, 1, 2, 3, 1, 2, 3, 0] + [7] * 4)
     p = negative_probabilities(anchors, pool, torch.arange(4), labels)
     assert p.isfinite().all() and torch.allclose(p.sum(1), torch.ones(4))
     assert (p[labels == torch.arange(4)[:, None]] == 0).all() and (p[labels != torch.arange(4)[:, None]] > 0).all()
@@ -338,7 +338,7 @@ def test_families_of_backbones(arch, first):
 
 def test_a_backbone_of_ones_own_and_no_whitening():
     net = EmbeddingNet(backbone=torch.nn.Conv2d(3, 7, 3), pooling="spoc", dim=0, pretrained=False)
-    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7) and net.dim == 7
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7) and net.dim == 7 and isinstance(net.whiten, torch.nn.Identity)
     with pytest.raises(ValueError, match="no feature map"):
         EmbeddingNet(backbone=torch.nn.Flatten(), pretrained=False)
     with pytest.raises(ValueError, match="did you mean resnet50"):
@@ -516,6 +516,9 @@ def test_evaluation_transform():
     black, white = (data.normalize(torch.full((1, 3, 1, 1), v))[0, :, 0, 0] for v in (0.0, 1.0))
     torch.testing.assert_close(x[:, 10, 20], black)
     torch.testing.assert_close(x[:, 10, 36], white)
+    framed = np.full((64, 64, 3), 255, np.uint8)
+    framed[4:-4, 4:-4] = 0                                                      # what the crop keeps of 64 px for 56
+    torch.testing.assert_close(data.evaluation_transform(56)(Image.fromarray(framed)), black[:, None, None].expand(3, 56, 56))
     assert data.evaluation_transform(7)(Image.new("RGB", (300, 1))).shape == (3, 7, 7)
 
 
@@ -810,7 +813,8 @@ def test_ctrl_c_saves_and_says_so(tiny, tmp_path):
     os.killpg(run.pid, signal.SIGINT)                                           # as a terminal does, workers included
     error = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and "is saved, and the same command continues" in error and "Traceback" not in error
-    assert asymres.read_checkpoint(tmp_path / "r" / "model.pt")["training"]["epoch"] >= 1
+    saved = asymres.read_checkpoint(tmp_path / "r" / "model.pt")["training"]
+    assert f"stopped after epoch {saved['epoch']}, step {saved['step']};" in error and saved["step"] > 0
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
