@@ -281,7 +281,7 @@ def synthetic(part, seed=0):
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)      # evenly spread
+    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)      # R3 sequence: well spread
     periods = uniform(0.12, 0.15, 180, 3)                                       # of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
     classes = range(120) if part == "train" else range(120, 180)
@@ -308,7 +308,7 @@ def _eggs(labels, angles, periods, families, uniform):
         phase = (x * angle.cos() + y * angle.sin()) / period + one(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
-    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)                              # from soft to bold
+    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)                             # from soft to bold
     colour = (families[labels % 6] + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[:, :, :, None, None]
     egg = torch.lerp(0.45 * colour[:, 0], 0.45 + 0.55 * colour[:, 1], halved(stripes))
     egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2) + 0.4 * clouds(5, 11) - 0.2
