@@ -281,7 +281,7 @@ def synthetic(part, seed=0):
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)      # R3 sequence: well spread
+    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)      # R3: well spread
     periods = uniform(0.12, 0.15, 180, 3)                                       # of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
     classes = range(120) if part == "train" else range(120, 180)
