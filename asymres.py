@@ -10,11 +10,11 @@ torchvision and numpy, nothing else of this project: copy it into yours.
 Vectors are rows throughout: (N, D). B images, A augmented copies (views) per image, D dimensions, C channels,
 P positives and M negatives per anchor.
 """
-import difflib
 import hashlib
 import os
 import re
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -42,20 +42,24 @@ class GeM(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return x.clamp(min=self.eps).pow(self.p[:, None, None]).mean((-2, -1)).pow(1 / self.p)
+        p = self.p.to(x.dtype)
+        return x.clamp(min=self.eps).pow(p[:, None, None]).mean((-2, -1)).pow(1 / p)
 
 
 class EmbeddingNet(nn.Module):
     """Images (B,3,H,W), ImageNet-normalised -> unit vectors (B,D): backbone, pooling, L2, linear whitening, L2.
 
-    arch        a torchvision convolutional classifier, or "resnet10" (a ResNet with one basic block a stage)
+    arch        a torchvision convolutional classifier, "resnet10" (a ResNet with one basic block a stage), or
+                "timm/NAME", a convolutional network of timm, which then has to be installed
     pooling     "gem", "gemmp" (one p per channel), "mac" (maximum) or "spoc" (mean)
     dim         D, the output of the whitening layer; 0 leaves the layer out and D is the backbone's C
-    pretrained  True: torchvision's IMAGENET1K_V1 weights; False: random; a path: a file of torchvision weights
-    backbone    an nn.Module (B,3,H,W) -> (B,C,h,w) to use instead of `arch` (a timm model's features, say)
+    pretrained  True: ImageNet weights (torchvision's IMAGENET1K_V1, timm's default); False: random; a path: a file
+                of the classifier's weights
+    backbone    an nn.Module (B,3,H,W) -> (B,C,h,w) to use instead of `arch`
 
     Batch-norm statistics stay frozen in training when the weights are pretrained (scale and shift are learned);
-    from random weights they train. `size`, the side in pixels it was trained at, is None until somebody sets it.
+    from random weights they train, save in layers of a `backbone` that came in eval mode. `size`, the side in pixels
+    that it was trained at, is None until somebody sets it. The head computes in float32, whatever the backbone does.
     Raises ValueError for an unknown architecture or pooling and for weights that cannot be had.
     """
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
@@ -66,6 +70,7 @@ class EmbeddingNet(nn.Module):
         self.teacher, self.options = None, {}
         self.backbone = backbone or _backbone(arch, pretrained)
         self.frozen_batchnorm = bool(pretrained)
+        self.frozen_layers = [m for m in self.backbone.modules() if is_batchnorm(m) and not m.training]
         channels = _channels(self.backbone, self.arch)
         self.pool = {"gem": GeM, "gemmp": lambda: GeM(channels=channels),
                      "mac": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
@@ -75,72 +80,115 @@ class EmbeddingNet(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
+        for layer in self.frozen_layers:
+            layer.eval()
         return self.freeze_statistics() if self.frozen_batchnorm else self
 
     def freeze_statistics(self):
         """Batch-norm uses its running statistics, and leaves them alone, until the next `train()`."""
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for module in filter(is_batchnorm, self.modules()):
+            module.eval()
         return self
 
     def forward(self, images):
-        features = self.backbone(images)                                        # (B, C, h, w)
-        with torch.autocast(features.device.type, enabled=False):               # the head stays in float32
-            pooled = F.normalize(self.pool(features.float()))                   # (B, C)
-            return F.normalize(self.whiten(pooled))                             # (B, D)
+        features = self.backbone(images.to(_kind(self.backbone)["dtype"]))          # (B, C, h, w)
+        with torch.autocast(features.device.type, enabled=False):                   # the head stays in float32
+            pooled = F.normalize(self.pool(features.float()))                       # (B, C)
+            if isinstance(self.whiten, nn.Linear):
+                pooled = F.linear(pooled, self.whiten.weight.float(), self.whiten.bias.float())     # (B, D)
+            return F.normalize(pooled)
 
 
-def multiscale(net, images, scales=(1.0, 2 ** -0.5, 0.5)):
-    """Multi-scale embedding (B,3,H,W) -> (B,D): mean of the unit vectors of the rescaled images, L2 again."""
-    resized = (F.interpolate(images, scale_factor=s, mode="bilinear", align_corners=False) if s != 1 else images
-               for s in scales)
-    return F.normalize(sum(net(x) for x in resized))
+def is_batchnorm(module):
+    """Whether a module is a batch-norm layer, of images or sequences, synchronised or not."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _kind(module):
+    """The dtype and device that a module computes in; those of a new tensor where it has no parameters."""
+    parameter = next(module.parameters(), torch.empty(0))
+    return {"dtype": parameter.dtype, "device": parameter.device}
 
 
 def _backbone(arch, pretrained):
-    """A torchvision classifier up to its last feature map, its children's names as the authors' checkpoints have them."""
-    if arch == "resnet10":
-        if pretrained is True:
-            raise ValueError("resnet10 has no ImageNet weights: start from random ones")
-        model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    else:
-        known = torchvision.models.list_models(module=torchvision.models) + ["resnet10"]
-        if arch not in known:
-            near = difflib.get_close_matches(str(arch), known, 4)
-            raise ValueError(f"unknown architecture {arch!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
-        try:
-            model = torchvision.models.get_model(arch, weights="IMAGENET1K_V1" if pretrained is True else None)
-        except OSError as error:
-            raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give a local file of "
-                             "torchvision's weights with --weights FILE, or --weights random") from error
+    """A classifier up to its last feature map, with its children's names as the authors' checkpoints have them."""
+    try:
+        model = _timm(arch, pretrained) if arch.startswith("timm/") else _torchvision(arch, pretrained)
+    except OSError as error:
+        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give a file of them with "
+                         "--weights FILE, or --weights random") from error
     if isinstance(pretrained, (str, os.PathLike)):
         try:
             model.load_state_dict(read_checkpoint(pretrained))
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{pretrained} does not hold torchvision weights of {arch}") from error
+            raise ValueError(f"{pretrained} does not hold weights of {arch}") from error
+    if arch.startswith("timm/"):
+        model.reset_classifier(0, "")                           # no pooling, no classifier: forward gives (B,C,h,w)
+        return model
     if hasattr(model, "features"):
+        if arch.startswith("densenet"):                         # whose forward ends the features with a ReLU
+            model.features.add_module("relu", nn.ReLU(inplace=True))
         return model.features
-    layers = []
+    layers = OrderedDict()
+    if hasattr(model, "transform_input"):                       # GoogLeNet, Inception
+        layers["input"] = _InputTransform(bool(pretrained))
     for name, child in model.named_children():
         if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name == "classifier":
             break
-        if "aux" not in name.lower():                                           # Inception's and GoogLeNet's side heads
-            layers.append(child)
-    return nn.Sequential(*layers)
+        if "aux" not in name.lower():                           # Inception's and GoogLeNet's side heads
+            layers[str(len(layers) - ("input" in layers))] = child
+    return nn.Sequential(layers)
+
+
+def _torchvision(arch, pretrained):
+    if arch not in torchvision.models.list_models(module=torchvision.models) + ["resnet10"]:
+        raise ValueError(f"unknown architecture {arch!r}: torchvision.models.list_models() has the names")
+    if arch == "resnet10" and pretrained is not True:
+        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    weights = {"weights": "IMAGENET1K_V1"} if pretrained is True else {}
+    if not weights and arch in ("googlenet", "inception_v3"):
+        weights = {"init_weights": True}                        # the default, but torchvision warns if it is not said
+    try:
+        return torchvision.models.get_model(arch, **weights)
+    except (KeyError, ValueError) as error:                     # no such weights: resnet10, regnet_y_128gf
+        raise ValueError(f"{arch} has no ImageNet weights in torchvision: start from random ones") from error
+
+
+def _timm(arch, pretrained):
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{arch} needs timm: pip install timm") from error
+    try:
+        return timm.create_model(arch.removeprefix("timm/"), pretrained=pretrained is True)
+    except RuntimeError as error:                               # an unknown name, or one without weights
+        raise ValueError(f"{arch}: {error}") from error
+
+
+class _InputTransform(nn.Module):
+    """GoogLeNet's and Inception's pretrained weights expect (x - 0.5) / 0.5 of pixels x; from random ones, nothing."""
+    def __init__(self, pretrained):
+        super().__init__()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        self.register_buffer("scale", std / 0.5 if pretrained else torch.ones_like(std))
+        self.register_buffer("shift", (mean - 0.5) / 0.5 if pretrained else torch.zeros_like(mean))
+
+    def forward(self, images):
+        return images * self.scale + self.shift
 
 
 @torch.no_grad()
 def _channels(backbone, arch):
     """C, found by looking: classifiers' own attributes lie for VGG, DenseNet and MobileNetV3."""
-    training = backbone.training
+    modes = [(module, module.training) for module in backbone.modules()]
     try:
-        features = backbone.eval()(torch.zeros(1, 3, 224, 224))
-        if features.ndim != 4 or features.shape[2] != features.shape[3]:       # (B,h,w,C), tokens, or no map at all
+        features = backbone.eval()(torch.zeros(1, 3, 224, 224, **_kind(backbone)))
+        if features.ndim != 4 or features.shape[2] != features.shape[3]:           # (B,h,w,C), tokens, or no map at all
             raise TypeError
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{arch} has no feature map (B,C,h,w): a convolutional network is needed") from error
-    backbone.train(training)
+    for module, training in modes:
+        module.training = training
     return features.shape[1]
 
 
@@ -202,9 +250,11 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     every other one 1e-6 more than its share of the largest weight, so that there are always enough to draw from.
     Raises ValueError where the pool holds nothing but an anchor's own class.
     """
-    dim = anchors.shape[1]
+    dim, kind = anchors.shape[1], torch.promote_types(anchors.dtype, torch.float32)
     same = anchor_labels[:, None] == pool_labels[None]                          # (Q, N)
-    squared = (2 - 2 * anchors @ pool.T).clamp(0.25, 4 - 1e-6)                  # (Q, D) @ (D, N) -> (Q, N); d < 2
+    with torch.autocast(anchors.device.type, enabled=False):
+        cosine = anchors.to(kind) @ pool.to(kind).T                             # (Q, D) @ (D, N) -> (Q, N)
+    squared = (2 - 2 * cosine).clamp(0.25, 4 - 1e-6)                            # d^2, and d < 2
     log_weight = (1 - dim / 2) * squared.log() - (dim - 3) / 2 * (1 - squared / 4).log()
     log_weight.masked_fill_(same, 0)
     weight = (log_weight - log_weight.amax(1, keepdim=True)).exp_().add_(1e-6).masked_fill_(same, 0)
@@ -232,7 +282,8 @@ def fingerprint(net):
     """16 hex digits that name a network's weights: a student keeps its teacher's, an index its database network's."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)       # numpy has no bfloat16
+        digest.update(name.encode() + numbers.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

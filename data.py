@@ -1,26 +1,28 @@
-"""Images in: the data sets, the evaluation transform, and the coupled augmentation (Sec. 3.3) of the student.
+"""Images in: the data sets, the evaluation transform, and the coupled augmentation of the student (Sec. 3.3).
 
     python data.py cub --root DIR       # download, verify, unpack: cub or sop; for cars it says where the copies are
 
-An image is decoded once per epoch. Its views are cropped from it as uint8 at every size needed, in worker processes;
-flip, colour, mixup and normalisation run on the training device, a whole batch at a time.
+Worker processes decode images and do nothing else (Decoder). Crop, flip, colour, mixup and normalisation run on the
+training device, at every size from one draw (Views): uint8 images (3,H,W) become floats (B,A,3,size,size).
 """
 import argparse
 import csv
 import functools
+import math
 import os
 import re
 import signal
 import sys
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import distributed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's
@@ -31,62 +33,99 @@ DOWNLOADS = {                                               # URL, md5
 COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},
           "sop": {"train": 59551, "test": 60502}}
 LAYOUTS = {"cub": "images.txt and images/<class>/<file>.jpg (CUB_200_2011.tgz)",
-           "cars": "cars_annos.mat and car_ims/<file>.jpg, or anno_train.csv, anno_test.csv and "
+           "cars": "cars_annos.mat and car_ims/<file>.jpg, or anno_train.csv, anno_test.csv, names.csv and "
                    "car_data/car_data/{train,test}/<class name>/<file>.jpg",
            "sop": "Ebay_train.txt, Ebay_test.txt and <super class>_final/<file>.JPG (Stanford_Online_Products.zip)"}
+LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}      # class ids up to it are for training, the others for testing
+
+
+# ------------------------------------------------------------------------------------ programs and their processes
+
+PROCESSES = {"rank": 0, "count": 1}     # of a program under torchrun; a library's user is always alone
 
 
 def run_command(main):
     """Run a program's `main`: a mistake of the user, or of the machine, ends in one sentence on stderr and exit code 2."""
+    PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
+    if PROCESSES["rank"]:
+        sys.stdout = open(os.devnull, "w")                  # process 0 speaks for all
     try:
         main()
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+        _say(f"\n{stop or 'interrupted'}")
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        sentence = str(error).strip().splitlines()[-1]      # from a worker process the traceback comes first
-        print(f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}", file=sys.stderr)
+        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]        # after a worker's traceback
+        _say(f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}")
         sys.exit(2)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _say(sentence):
+    if PROCESSES["rank"] == 0 or distributed.is_initialized():      # before they meet, all processes find the same
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def warn(sentence):
     """One line on stderr for what may be meant, but often is not."""
-    print(f"warning: {sentence}", file=sys.stderr)
+    if PROCESSES["rank"] == 0:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def add_up(*tensors):
+    """Sum each tensor over the processes of a program, in place: the same sum in all. One process: nothing to do."""
+    if PROCESSES["count"] == 1:
+        return
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this program has ended, and so does this one") from error
 
 
 # ------------------------------------------------------------------------------------------------------- one image
 
-def read_image(path):
+def read_image(path, most=None):
     """An RGB PIL image as a viewer shows it: upright by its EXIF tag, transparency on white, 16 bit scaled to 8.
 
+    An image of more than `most` pixels is shrunk to them, a JPEG partly while it is decoded.
     Raises ValueError that names the file for whatever cannot be decoded, decompression bombs included.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I") or image.mode == "F":                     # 16-bit grey, under its several names
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+                if most and file.width * file.height > most:
+                    shrink = math.sqrt(most / (file.width * file.height))
+                    file.thumbnail((file.width * shrink, file.height * shrink), Image.LANCZOS)
+                return as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:                                                  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error or type(error).__name__})") from error
 
 
+def as_rgb(image):
+    """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
+    if image.mode.startswith("I") or image.mode == "F":                         # 16-bit grey, under its several names
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def evaluation_crop(image, size):
-    """Shorter side to size*8/7 (Lanczos), centre crop: a size x size PIL image."""
-    short, (width, height) = round(size * 8 / 7), image.size
-    scale = short / min(width, height)
-    image = image.resize((max(short, round(width * scale)), max(short, round(height * scale))), Image.LANCZOS)
+    """Both sides times size*8/7 over the shorter one, rounded (Lanczos), then the centre: a size x size PIL image."""
+    scale = size * 8 / 7 / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
     return TF.center_crop(image, [size, size])
 
 
 def evaluation_transform(size):
-    """The transform of Sec. 4: PIL image -> (3,size,size) float, ImageNet-normalised."""
-    return lambda image: normalize(_pixels(evaluation_crop(image, size))[None])[0]
+    """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
+    return lambda image: normalize(_pixels(evaluation_crop(as_rgb(image), size)).float() / 255)
 
 
 def _pixels(image):
@@ -95,60 +134,67 @@ def _pixels(image):
 
 
 def normalize(images):
-    """(B,3,H,W) uint8, or float in [0,1] (then in place) -> float, ImageNet-normalised, on the same device."""
-    images = images.float().div_(255) if images.dtype == torch.uint8 else images
-    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (MEAN, STD))
+    """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place, on the same device."""
+    mean, std = _statistics(images.device)
     return images.sub_(mean).div_(std)
+
+
+@functools.cache
+def _statistics(device):
+    return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
 
 class ImageSet:
-    """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where images are drawn), `len`.
-
-    `image(i)` is a PIL RGB image; `describe(i)` a few words that name it.
-    """
+    """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where images are drawn), `len`."""
     def __init__(self, labels, paths=None, images=None):
         self.labels, self.paths, self._images = list(labels), paths, images
 
     def __len__(self):
         return len(self.labels)
 
-    def image(self, i):
-        return read_image(self.paths[i]) if self.paths else Image.fromarray(self._images[i])
-
-    def describe(self, i):
-        return os.path.basename(self.paths[i]) if self.paths else f"class {self.labels[i]}"
+    def image(self, i, most=None):
+        """Image i, PIL RGB, shrunk to `most` pixels if it has more."""
+        return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
 
 
 def load_dataset(name, root=None, split="train", check=True):
-    """An ImageSet of "cub", "cars", "sop", "synthetic", or of a folder of class folders, `name` or `root` its path.
+    """An ImageSet of "cub", "cars", "sop" (in any case), "synthetic", or of a folder of class folders: `root`, or `name`.
 
     split   "train", "test" (other classes), or a division of the training classes for tuning: "fit" (first half
             of the class ids) and "val" (second half)
     check   hold the number of images of a named set to the published one
-    Raises FileNotFoundError with the layout expected where there is none, ValueError where files are missing.
+    Raises FileNotFoundError with the layout expected where there is none, ValueError where annotations are damaged.
     """
     if split not in ("train", "test", "fit", "val"):
         raise ValueError(f"unknown split {split!r}: choose from train, test, fit, val")
-    part = "test" if split == "test" else "train"
-    if name == "synthetic":
+    part, known = "test" if split == "test" else "train", name.lower()
+    if known == "synthetic":
         images, labels = synthetic(part)
         rows = _half(labels, split)
         return ImageSet([labels[i] for i in rows], images=images[rows])
-    if name in COUNTS:
-        if not root:
-            raise FileNotFoundError(f"{name} needs its folder, which holds {LAYOUTS[name]}")
-        paths, labels = {"cub": _cub, "cars": _cars, "sop": _sop}[name](root, part)
-        _check_files(name, root, paths, COUNTS[name][part] if check else None)
-    else:
-        folder = root or name
-        paths, labels = _folder(folder, part)
-        if not paths:
-            raise FileNotFoundError(f"no {part} images in {folder}: a folder with one sub-folder of images per class, "
-                                    f"at least 2 of them, is expected (or one of {', '.join(COUNTS)}, synthetic)")
-    rows = _half(labels, split)
-    return ImageSet([labels[i] for i in rows], [paths[i] for i in rows])
+    listed = _named(known, root) if known in COUNTS else _folder(root or name)
+    classes = sorted({label for _, label in listed})
+    last = LAST_TRAINING.get(known, classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1)
+    listed = [(path, label) for path, label in listed if (label > last) == (part == "test")]
+    if not listed:
+        raise FileNotFoundError(f"no {part} images in {root or name}: a folder with one sub-folder of images per class, "
+                                f"at least 2 of them, is expected (or one of {', '.join(COUNTS)}, synthetic)")
+    if known in COUNTS:
+        _check_files(known, root, listed, COUNTS[known][part] if check else len(listed))
+    rows = _half([label for _, label in listed], split)
+    return ImageSet([listed[i][1] for i in rows], [listed[i][0] for i in rows])
+
+
+def settle_dataset(name, root, inherited):
+    """(name, absolute root) of what an option names: a known set in lower case, or "folder"; by default `inherited`'s."""
+    known = name and (name.lower() if name.lower() in (*COUNTS, "synthetic") else "folder")
+    if known == "folder":
+        root = root or name
+    elif known in (None, inherited.get("dataset")):
+        known, root = inherited.get("dataset"), root or inherited.get("root")
+    return known, root and os.path.abspath(root)
 
 
 def _half(labels, split):
@@ -159,105 +205,78 @@ def _half(labels, split):
     return [i for i, label in enumerate(labels) if label in chosen]
 
 
-def _check_files(name, root, paths, expected):
-    missing = [path for path in paths if not os.path.isfile(path)]
+def _check_files(name, root, listed, expected):
+    missing = [path for path, _ in listed if not os.path.isfile(path)]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {name} are missing in {root}, first "
+        raise FileNotFoundError(f"{len(missing)} of the {len(listed)} images of {name} are missing in {root}, first "
                                 + ", ".join(missing[:3]))
-    if not paths or expected not in (None, len(paths)):
-        raise ValueError(f"{name} lists {len(paths)} images in {root}, {expected or 'some'} are expected: "
+    if len(listed) != expected:
+        raise ValueError(f"{name} lists {len(listed)} images in {root}, {expected} are expected: "
                          "the annotations are not whole")
 
 
-def _find(root, file, name, top=""):
-    """The folder that holds `file`: `root`, or the archive's own top folder in it."""
-    for folder in (root, os.path.join(root, top)):
-        if os.path.isfile(os.path.join(folder, file)):
-            return folder
+def _named(name, root):
+    """[(path, class id)] of a published set in `root`, or in the archive's own folder there."""
+    if not root:
+        raise FileNotFoundError(f"{name} needs its folder, --root, which holds {LAYOUTS[name]}")
+    folder, first, read = {"cub": ("CUB_200_2011", ["images.txt"], _cub),
+                           "cars": ("", ["cars_annos.mat", "anno_train.csv"], _cars),
+                           "sop": ("Stanford_Online_Products", ["Ebay_train.txt"], _sop)}[name]
+    for place in (root, os.path.join(root, folder)):
+        if any(os.path.isfile(os.path.join(place, file)) for file in first):
+            try:
+                return read(place)
+            except (ValueError, TypeError, KeyError, IndexError) as error:     # what a damaged file leads to
+                raise ValueError(f"the annotations of {name} in {place} cannot be read ({error})") from error
     raise FileNotFoundError(f"no {name} in {root}: {LAYOUTS[name]} is expected")
 
 
-def _fields(path, count):
-    """The lines of an annotation file, split into `count` fields at white space, the last one whole."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        rows = [line.split(maxsplit=count - 1) for line in file.read().splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if len(row) != count:
-            raise ValueError(f"{path} line {number}: {count} fields are expected, not {' '.join(row)[:60]!r}")
-    return rows
+def _lines(*path):
+    with open(os.path.join(*path), encoding="utf-8", errors="replace") as file:
+        return [line.strip() for line in file if line.strip()]
 
 
-def _number(text, path):
+def _class(text):
     if not re.fullmatch(r"[0-9]{1,9}", str(text).strip()):
-        raise ValueError(f"{path}: {str(text)[:60]!r} is not a class number")
+        raise ValueError(f"{str(text)[:60]!r} is not a class number")
     return int(text)
 
 
-def _cub(root, part):
-    root = _find(root, "images.txt", "cub", "CUB_200_2011")
-    listed = [(path.strip(), _number(path.split(".")[0], "images.txt"))
-              for _, path in _fields(os.path.join(root, "images.txt"), 2)]
-    chosen = [(path, label) for path, label in listed if (label <= 100) == (part == "train")]
-    return [os.path.join(root, "images", path) for path, _ in chosen], [label for _, label in chosen]
+def _cub(root):
+    paths = [line.split(maxsplit=1)[1] for line in _lines(root, "images.txt")]  # "1 001.Black_footed_Albatross/x.jpg"
+    return [(os.path.join(root, "images", path), _class(path.split(".")[0])) for path in paths]
 
 
-def _sop(root, part):
-    root = _find(root, f"Ebay_{part}.txt", "sop", "Stanford_Online_Products")
-    file = os.path.join(root, f"Ebay_{part}.txt")
-    rows = _fields(file, 4)[1:]                             # the first line is the header
-    return [os.path.join(root, path.strip()) for *_, path in rows], [_number(label, file) for _, label, *_ in rows]
+def _sop(root):
+    rows = [line.split(maxsplit=3) for part in ("train", "test")               # "image_id class_id super_class_id path"
+            for line in _lines(root, f"Ebay_{part}.txt")[1:]]                   # after a header of that
+    return [(os.path.join(root, path), _class(label)) for _, label, _, path in rows]
 
 
-def _cars(root, part):
-    """The published layout (scipy needed), or the copy with csv files; both hold all classes, in 2 lists or 1."""
+def _cars(root):
+    """The published layout (scipy needed), or the copy with csv files: file, x1, y1, x2, y2, class, without a header."""
     if os.path.isfile(os.path.join(root, "anno_train.csv")):
-        listed = [row for division in ("train", "test") for row in _cars_csv(root, division)]
-    else:
-        listed = _cars_mat(_find(root, "cars_annos.mat", "cars"))
-    chosen = [(path, label) for path, label in listed if (label <= 98) == (part == "train")]
-    return [path for path, _ in chosen], [label for _, label in chosen]
-
-
-def _cars_csv(root, division):
-    for file in (f"anno_{division}.csv", "names.csv"):
-        if not os.path.isfile(os.path.join(root, file)):
-            raise FileNotFoundError(f"no {file} in {root}: {LAYOUTS['cars']} is expected")
-    file = os.path.join(root, f"anno_{division}.csv")
-    with open(os.path.join(root, "names.csv"), encoding="utf-8", errors="replace") as names_file:
-        names = [line.strip().strip('"').replace("/", "-") for line in names_file.read().splitlines() if line.strip()]
-    with open(file, encoding="utf-8", errors="replace", newline="") as rows:
-        for row in csv.reader(rows):
-            if len(row) != 6 or not 1 <= _number(row[5], file) <= len(names):
-                raise ValueError(f"{file}: file, x1, y1, x2, y2, class are expected, not {','.join(row)[:60]!r}")
-            label = int(row[5])
-            yield os.path.join(root, "car_data", "car_data", division, names[label - 1], row[0]), label
-
-
-def _cars_mat(root):
+        names = [line.strip('"').replace("/", "-") for line in _lines(root, "names.csv")]
+        rows = [(part, row) for part in ("train", "test") for row in csv.reader(_lines(root, f"anno_{part}.csv"))]
+        if not all(len(row) == 6 and 1 <= _class(row[5]) <= len(names) for _, row in rows):
+            raise ValueError("file, x1, y1, x2, y2, class are expected")
+        return [(os.path.join(root, "car_data", "car_data", part, names[int(row[5]) - 1], row[0]), int(row[5]))
+                for part, row in rows]
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise ImportError("cars_annos.mat needs scipy: pip install scipy (the copy with csv files does not)") from error
-    file = os.path.join(root, "cars_annos.mat")
     try:
-        rows = loadmat(file, squeeze_me=True)["annotations"]
-        return [(os.path.join(root, str(row["relative_im_path"])), _number(row["class"], file)) for row in rows]
+        rows = loadmat(os.path.join(root, "cars_annos.mat"), squeeze_me=True)["annotations"]
     except Exception as error:                              # what a damaged .mat raises is scipy's affair
-        raise ValueError(f"{file} cannot be read ({error})") from error
+        raise ValueError(f"cars_annos.mat: {error}") from error
+    return [(os.path.join(root, str(row["relative_im_path"])), _class(row["class"])) for row in rows]
 
 
-def _folder(root, part):
-    """Class folders in order of name, the first half for training; image files directly in them."""
-    if not os.path.isdir(root):
-        return [], []
-    classes = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
-    listed = [(path, label) for label, name in enumerate(classes) for path in list_images(os.path.join(root, name), 1)]
-    kept = sorted({label for _, label in listed})           # folders without images are no classes
-    if len(kept) < 2:
-        return [], []
-    middle = kept[(len(kept) - 1) // 2]
-    chosen = [(path, label) for path, label in listed if (label <= middle) == (part == "train")]
-    return [path for path, _ in chosen], [label for _, label in chosen]
+def _folder(root):
+    """Class folders in order of name; the image files directly in them."""
+    folders = [os.path.join(root, name) for name in sorted(os.listdir(root))] if os.path.isdir(root) else []
+    return [(path, label) for label, folder in enumerate(folders) for path in list_images(folder, 1)]
 
 
 def list_images(root, depth=None):
@@ -319,215 +338,275 @@ def _eggs(labels, angles, periods, families, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-# ---------------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
+# ---------------------------------------------------------------------------------------------------------- decoding
 
-def seeded(*numbers, device="cpu"):
-    """A torch.Generator for a tuple of whole numbers: (seed, epoch, position), say."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+class Decoder:
+    """Worker processes that decode images: `decoder(keys)` iterates over uint8 (3,H,W), one a key, in order.
 
-
-JITTER = (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)    # brightness, contrast, saturation, hue
-MIXUP = torch.distributions.Beta(*torch.full((2,), 0.2, dtype=torch.float64))
-
-
-def _grey(x):
-    """(V,3,h,w) -> (V,1,h,w), the weights of torchvision's rgb_to_grayscale."""
-    return (0.2989 * x[:, 0]).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)[:, None]
-
-
-def _brightness(x, factor):
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(x, factor):
-    mean = _grey(x).mean((-2, -1), keepdim=True)
-    return x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
-
-
-def _saturation(x, factor):
-    grey = _grey(x).mul_(1 - factor)
-    return x.mul_(factor).add_(grey).clamp_(0, 1)
-
-
-def _hue(x, factor):
-    """Turn the hue by `factor` of a circle, value and saturation kept: torchvision's HSV round trip in fewer steps.
-
-    With chroma = max - min, a channel is min + chroma * clamp(ramp(hue), 0, 1), so saturation is never divided out.
+    A key is (i, size): image i of the data set, its evaluation crop of `size` px or, where size is 0, the whole image
+    shrunk to `most` pixels. The workers live as long as the Decoder. lenient: None comes for what cannot be read.
     """
-    red, green, blue = x.unbind(1)                                              # (V, h, w) each
-    low, high = x.amin(1), x.amax(1)
-    chroma = high - low
-    step = chroma.clamp(min=1e-12).reciprocal_()
-    is_red, is_green = (torch.eq(high, channel, out=torch.empty_like(high)) for channel in (red, green))
-    hue = torch.lerp((red - green).mul_(step).add_(4), (blue - red).mul_(step).add_(2), is_green)
-    hue = hue.lerp_((green - blue).mul_(step), is_red).add_(factor[:, 0] * 6)   # in sixths of the circle
-    hue.sub_((hue / 6).floor_().mul_(6))
-    torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
-    for channel, centre in ((green, 2), (blue, 4)):
-        torch.addcmul(low, chroma, (hue - centre).abs_().neg_().add_(2).clamp_(0, 1), out=channel)
-    return x
+    def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
+        self.keys = []
+        self.loader = DataLoader(_Decoded(dataset, most, lenient), batch_size=None, sampler=self.keys,
+                                 num_workers=workers, persistent_workers=workers > 0,
+                                 pin_memory=torch.device(device).type == "cuda", worker_init_fn=_ignore_ctrl_c,
+                                 generator=torch.Generator())           # it would draw from the global one
+
+    def __call__(self, keys):
+        self.keys[:] = keys
+        return iter(self.loader)
 
 
-COLOUR = (_brightness, _contrast, _saturation, _hue)       # in ColorJitter's numbering; each works in place
+def evaluation_batches(decoder, rows, parts, size, device):
+    """For each slice of the image numbers `rows`: the places of those that can be read, and them, (b,3,size,size)."""
+    decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
+    for part in parts:
+        readable = {place: image for place, image in zip(range(part.start, part.stop), decoded) if image is not None}
+        if readable:
+            images = torch.stack(list(readable.values())).to(device, non_blocking=True)
+            yield list(readable), normalize(images.float().div_(255))
 
 
-def render(crops, draws, jitter=True):
-    """(V,3,h,w) uint8 and the (V,12) draws of _Views -> flipped, coloured, normalised floats, same device.
-
-    Operations go to the views whose turn it is, in groups; the draws are in host memory, so no device is waited for.
-    """
-    on_device = functools.partial(torch.Tensor.to, device=crops.device, non_blocking=True)
-    factors, order = on_device(draws[:, 1:5, None, None, None].float()), draws[:, 5:9]
-    views = crops.float().div_(255)
-    steps = [(draws[:, 0] > 0, lambda x, _: x.flip(-1), 0)]
-    steps += [(order[:, turn] == op, change, op) for turn in range(4 if jitter else 0) for op, change in enumerate(COLOUR)]
-    for chosen, change, op in steps:
-        rows = chosen.nonzero()[:, 0]
-        if len(rows) == len(views):
-            views = change(views, factors[:, op])                               # a single view: no copies
-        elif len(rows):
-            rows = on_device(rows)
-            views[rows] = change(views[rows], factors[rows, op])
-    return normalize(views)
-
-
-class _Views(Dataset):
-    """(epoch, position, image index) -> index, one (A,3,size,size) uint8 crop stack per size, and the views' draws.
-
-    Each view is drawn once, by torchvision's own draws, and cropped at every size from the same box. Draws are (A,12):
-    flip, factors of the four colour operations, their order, mixup weight, and where to find mixup's partner.
-    """
-    def __init__(self, dataset, sizes, copies, crop_scale, seed, lenient):
-        self.dataset, self.sizes, self.copies, self.crop_scale, self.seed = dataset, sizes, copies, crop_scale, seed
-        self.lenient = lenient
+class _Decoded(Dataset):
+    def __init__(self, dataset, most, lenient):
+        self.dataset, self.most, self.lenient = dataset, most, lenient
 
     def __getitem__(self, key):
-        epoch, position, index = key
+        i, size = key
         try:
-            image = self.dataset.image(index)
+            image = self.dataset.image(i, None if size else self.most)
         except ValueError:
             if not self.lenient:
                 raise
-            image, index = Image.new("RGB", (8, 8)), -1 - index
-        if self.crop_scale is None:                                             # no augmentation: the evaluation's crop
-            return index, [_pixels(evaluation_crop(image, size))[None] for size in self.sizes], torch.zeros(1, 12)
-        pixels, state = _pixels(image), torch.get_rng_state()
-        torch.set_rng_state(seeded(self.seed, epoch, position).get_state())     # torchvision draws from the global one
-        boxes, jitter = zip(*((RandomResizedCrop.get_params(pixels, self.crop_scale, (3 / 4, 4 / 3)),
-                               ColorJitter.get_params(*JITTER)) for _ in range(self.copies)))
-        flip, image, view = torch.rand(3, self.copies)
-        draws = torch.tensor([[*factors, *order] for order, *factors in jitter], dtype=torch.float64)
-        draws = torch.cat([(flip < 0.5)[:, None], draws, MIXUP.sample((self.copies, 1)), image[:, None], view[:, None]], 1)
-        torch.set_rng_state(state)
-        crops = [torch.stack([TF.resized_crop(pixels, *box, [size, size], antialias=True) for box in boxes])
-                 for size in self.sizes]
-        return index, crops, draws
+            return None
+        return _pixels(evaluation_crop(image, size) if size else image)
 
 
-class ViewLoader:
-    """Batches of views: iterating gives, per batch, one (B,A,3,size,size) float tensor per size; see distillation_loader.
+def _ignore_ctrl_c(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # it is the main process's affair
 
-    The same seed gives the same views whatever the number of workers. Each `iter()` is the next epoch, in random
-    order; `epoch` takes the epoch's number and its batches of image indices, can skip those that were done, and
-    gives the indices (B,) before the views. crop_scale None is the evaluation's crop instead of an augmentation.
-    lenient: an image that cannot be read does not raise; its index i comes as -1-i, its views are void.
+
+# ---------------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
+
+BLOCK = 200                             # images of an epoch, in order, that are each other's partners in mixup
+RATIO = (3 / 4, 4 / 3)                  # of a crop's sides
+COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))     # brightness, contrast, saturation, hue: least, most
+
+
+def seeded(*numbers, device="cpu"):
+    """A torch.Generator for a tuple of whole numbers: (seed, epoch, purpose), say."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+class Draws(NamedTuple):
+    """What is random in the A views of n images, drawn once for all sizes; the first two axes of each array are (n, A)."""
+    crop: np.ndarray                    # (n, A, 10, 4) in [0,1): area, ratio, top and left of ten attempts
+    flip: np.ndarray                    # (n, A) bool
+    factors: np.ndarray                 # (n, A, 4) of the colour operations
+    order: np.ndarray                   # (n, A, 4) in which they are applied
+    partner: np.ndarray                 # (n, A) mixup's other image, a place among the n
+    weight: np.ndarray                  # (n, A) lambda ~ Beta(0.2, 0.2), of the image itself
+
+    def __getitem__(self, rows):
+        return Draws(*(field[rows] for field in tuple(self)))
+
+
+def draw_views(count, copies, *seed):
+    """The Draws of an epoch of `count` images, block by block: they depend on the seed and the block, on nothing else."""
+    blocks = []
+    for start in range(0, count, BLOCK):
+        n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
+        partner = np.arange(n)[:, None] + 1 + random.integers(max(1, n - 1), size=(n, copies))     # not the image itself
+        blocks.append((random.random((n, copies, 10, 4)), random.random((n, copies)) < 0.5,
+                       random.uniform(*COLOURS, (n, copies, 4)),
+                       random.permuted(np.tile(np.arange(4), (n, copies, 1)), axis=2),
+                       start + partner % n, random.beta(0.2, 0.2, (n, copies))))
+    return Draws(*map(np.concatenate, zip(*blocks)))
+
+
+def crop_boxes(draws, height, width, least):
+    """RandomResizedCrop's boxes (V,4), top, left, height, width, for (V,10,4) draws in frames of (V,) height and width.
+
+    The area is `least` to 1 of the frame. The first attempt that fits counts, and if none does, the largest centred box.
     """
-    def __init__(self, dataset, sizes, copies, batch_size=8, crop_scale=(0.08, 1.0), jitter=False, mixup=False,
-                 workers=0, device="cpu", seed=1234, lenient=False):
-        self.views = _Views(dataset, sizes, copies, crop_scale, seed, lenient)
-        self.batch_size, self.jitter, self.mixup, self.seed = batch_size, jitter, mixup, seed
-        self.device, self.next_epoch, self._keys = torch.device(device), 0, []
-        self.loader = DataLoader(self.views, batch_sampler=_Keys(self), num_workers=workers, collate_fn=self._collate,
-                                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
-                                 prefetch_factor=4 if workers else None, worker_init_fn=_start_worker,
-                                 generator=torch.Generator())           # it would draw from the global one
+    height, width = height[:, None], width[:, None]                             # (V, 1)
+    area = height * width * (least + (1 - least) * draws[..., 0])               # (V, 10)
+    ratio = np.exp(np.log(RATIO[0]) + np.log(RATIO[1] / RATIO[0]) * draws[..., 1])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    w = np.hstack([w, np.minimum(width, np.rint(height * RATIO[1]))])           # (V, 11)
+    h = np.hstack([h, np.minimum(height, np.rint(width / RATIO[0]))])
+    first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(1)
+    row = np.arange(len(first))
+    w, h = w[row, first], h[row, first]
+    place = np.append(draws[..., 2:], np.full((len(row), 1, 2), 0.5), axis=1)[row, first]    # (V, 2)
+    top, left = place[:, 0] * (height[:, 0] - h + 1), place[:, 1] * (width[:, 0] - w + 1)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
+
+
+def crop_one_by_one(images, boxes, flip, size):
+    """V images uint8 (3,H,W), boxes (V,4), flip (V,) -> (V,3,size,size) float in [0,255]: the fast way on a CPU."""
+    crops = torch.stack([TF.resized_crop(image, *box, [size, size], antialias=True)
+                         for image, box in zip(images, boxes.tolist())])
+    flip = torch.from_numpy(flip)
+    crops[flip] = crops[flip].flip(-1)
+    return crops.float()
+
+
+def crop_by_products(images, boxes, flip, size, kind=torch.float32):
+    """The same as two batched products, rows @ image @ columns^T, for a GPU; exact where the other rounds to whole levels.
+
+    `kind` is the type of the products: half precision holds 0..255 exactly and weights to 2^-11.
+    """
+    device, H, W = images[0].device, max(i.shape[1] for i in images), max(i.shape[2] for i in images)
+    stack = torch.zeros(len(images), 3, H, W, dtype=torch.uint8, device=device)
+    for room, image in zip(stack, images):
+        room[:, :image.shape[1], :image.shape[2]] = image
+    top, left, height, width = torch.from_numpy(boxes).to(device, torch.float32, non_blocking=True).unbind(1)
+    flip = torch.from_numpy(flip).to(device, non_blocking=True)
+    rows = _resampling(top, height, size, H, torch.zeros_like(flip))[:, None].to(kind)      # (V, 1, s, H)
+    columns = _resampling(left, width, size, W, flip)[:, None].to(kind)                     # (V, 1, s, W)
+    return (rows @ stack.to(kind) @ columns.mT).float()             # (V,1,s,H) @ (V,3,H,W) @ (V,1,W,s) -> (V,3,s,s)
+
+
+def _resampling(start, length, size, full, flip):
+    """Antialiased bilinear weights (V,size,full) from a side's `full` pixels to `size`, for V crops; rows sum to 1."""
+    scale = (length / size)[:, None, None]
+    place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]            # (V, 1, full): in the crop
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale               # (V, size, 1)
+    centre = torch.where(flip[:, None, None], centre.flip(1), centre)
+    weights = (1 - (place - centre).abs() / scale.clamp(min=1)).clamp(min=0)                # a triangle
+    weights = weights * ((place > 0) & (place < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _grey(x):
+    red, green, blue = x.split(1, -3)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue                          # torchvision's rgb_to_grayscale
+
+
+def _brightness(x, factor):
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x, factor):
+    return torch.lerp(_grey(x).mean((-2, -1), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def _saturation(x, factor):
+    return torch.lerp(_grey(x), x, factor).clamp_(0, 1)
+
+
+def _hue(x, factor):
+    """Turn the hue by `factor` of a circle: a channel is max - chroma * clamp(min(k, 4 - k), 0, 1), k in sixths of it."""
+    red, green, blue = x.split(1, -3)
+    high, low = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
+    chroma = high - low
+    sector = torch.where(red == high, 0.0, torch.where(green == high, 2.0, 4.0))
+    hue = torch.where(red == high, green - blue, torch.where(green == high, blue - red, red - green))
+    hue = hue / chroma.clamp(min=1e-12) + sector + 6 * factor
+    k = torch.cat([hue + 5, hue + 3, hue + 1], -3).remainder_(6)
+    return high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def jitter(x, factors, order):
+    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view with its own (V,4) numpy factors, in its own order."""
+    for turn in range(4):
+        for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
+            rows = np.flatnonzero(order[:, turn] == number)     # chosen in host memory: no device is waited for
+            if len(rows):
+                factor = torch.from_numpy(factors[rows, number]).to(x, non_blocking=True)
+                rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
+                x[rows] = change(x[rows], factor.view(-1, *[1] * (x.ndim - 1)))
+    return x
+
+
+class Views:
+    """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
+
+    A view is one draw, the same at all `sizes`: a crop of `least` to all of the image's area, a flip and, if asked for,
+    jitter of the colours and mixup with another image of its block, put through the same draw. It depends on seed, epoch
+    and block alone, not on batches, workers or device (beyond rounding). Each image is decoded once an epoch; some two
+    blocks of them are held. Iterating gives batches of `batch_size` in random order, each time those of the next epoch.
+    """
+    def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False, workers=0,
+                 device="cpu", seed=1234, decoder=None):
+        self.dataset, self.sizes, self.copies, self.batch_size = dataset, sizes, copies, batch_size
+        self.least, self.jitter, self.mixup, self.seed = least, jitter, mixup, seed
+        self.device, self.next_epoch = torch.device(device), 0
+        self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
 
     def __len__(self):
-        return -(-len(self.views.dataset) // self.batch_size)
+        return -(-len(self.dataset) // self.batch_size)
 
     def __iter__(self):
-        epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        order = torch.randperm(len(self.views.dataset), generator=seeded(self.seed, epoch))
-        return (views for _, *views in self.epoch(epoch, order.split(self.batch_size)))
+        number, self.next_epoch = self.next_epoch, self.next_epoch + 1
+        order = torch.randperm(len(self.dataset), generator=seeded(self.seed, number))
+        ends = [*range(self.batch_size, len(order), self.batch_size), len(order)]
+        return self.epoch(number, order, [slice(i, end) for i, end in zip([0, *ends], ends)])
 
-    def epoch(self, number, batches, skip=0):
-        """One epoch's batches, augmented and on the device; on CUDA the next one is prepared on a stream beside."""
-        positions = torch.arange(sum(map(len, batches))).split([len(batch) for batch in batches])
-        self._keys = [[(number, p, i) for p, i in zip(position.tolist(), batch.tolist())]
-                      for position, batch in zip(positions, batches)][skip:]
-        if self.device.type != "cuda":
-            yield from map(self._finish, self.loader)
-            return
-        side, ready = torch.cuda.Stream(self.device), None
-        for raw in self.loader:
-            with torch.cuda.stream(side):
-                batch = self._finish(raw)
-            if ready is not None:
-                yield self._handed_over(*ready)
-            ready = batch, side.record_event()
-        if ready is not None:
-            yield self._handed_over(*ready)
+    def epoch(self, number, order, parts):
+        """Views of the images `order` (n,), an epoch's: of one slice of it after another of the ascending `parts`."""
+        draws = draw_views(len(order), self.copies, self.seed, number)
+        block = BLOCK if self.mixup else 1                      # what has to be decoded around an image
+        blocks = dict.fromkeys(i // block for part in parts for i in range(part.start, part.stop))
+        places = [i for b in blocks for i in range(b * block, min((b + 1) * block, len(order)))]
+        decoded = zip(places, self.decoder([(int(order[i]), 0) for i in places]))
+        images, ahead = {}, BLOCK if self.mixup else 0          # an even flow, not a block at a time
+        for part in parts:
+            while places and places[0] < part.stop + ahead:
+                place, image = next(decoded)
+                images[place] = image.to(self.device, non_blocking=True, copy=True)     # not in shared memory any more
+                places = places[1:]
+            yield tuple(self._render(images, part, draws[part], size) for size in self.sizes)
+            images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
-    def _handed_over(self, batch, event):
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(event)
-        for tensor in batch:
-            tensor.record_stream(stream)
-        return batch
+    def _render(self, images, part, draws, size):
+        """The views (B,A,3,size,size) of a part of the epoch, a few at a time: in a CPU's cache, or a GPU's memory."""
+        copies, views = self.copies, []
+        draws = Draws(*(field.reshape(-1, *field.shape[2:]) for field in tuple(draws)))     # (V, ...), V = B*A
+        sources = np.arange(part.start, part.stop).repeat(copies)[:, None]                  # (V, 1)
+        if self.mixup:
+            sources = np.hstack([sources, draws.partner[:, None]])                          # (V, 2)
+        on_cpu = self.device.type == "cpu"
+        pixels = size ** 2 if on_cpu else max(images[i].shape[1] for i in sources.flat) ** 2
+        some = max(1, (2 ** 17 if on_cpu else 2 ** 26) // pixels)
+        for rows in (slice(v, v + some) for v in range(0, len(sources), some)):
+            views.append(self._render_some([images[i] for i in sources[rows].flat], draws[rows], size))
+        return torch.cat(views).unflatten(0, (-1, copies))
 
-    def _collate(self, samples):
-        index, crops, draws = zip(*samples)
-        images, (copies, _) = len(draws), draws[0].shape
-        draws = torch.cat(draws)                                                # (V, 12), V = B*A views
-        partner = (torch.arange(images).repeat_interleave(copies) + 1 + (draws[:, 10] * (images - 1)).long()) % images
-        partner = partner * copies + (draws[:, 11] * copies).long()             # a view of another image of the batch
-        return torch.tensor(index), [torch.stack(c) for c in zip(*crops)], draws, partner
-
-    def _finish(self, batch):
-        """Flip, colour, normalise and mix on the device: all views at once, or on a CPU few enough to stay in its cache."""
-        index, crops, draws, partner = batch
-        on_device = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
-        weight, partner, sizes = on_device(draws[:, 9].float()), on_device(partner), []
-        for crop in map(on_device, crops):
-            flat = crop.flatten(0, 1)                                           # (V, 3, size, size)
-            some = max(1, 2 ** 19 // flat[0].numel()) if self.device.type == "cpu" else len(flat)
-            views = torch.empty(flat.shape, device=self.device)
-            parts = [slice(v, v + some) for v in range(0, len(flat), some)]
-            for rows in parts:
-                views[rows] = render(flat[rows], draws[rows], self.jitter)
-            if self.mixup:                                                      # mean and deviation pass through it
-                mixed = torch.empty_like(views)
-                for rows in parts:
-                    torch.lerp(views[partner[rows]], views[rows], weight[rows, None, None, None], out=mixed[rows])
-                views = mixed
-            sizes.append(views.unflatten(0, crop.shape[:2]))
-        return on_device(index), *sizes
+    def _render_some(self, images, draws, size):
+        """V or 2V images (3,H,W), a view's own and its partner next to each other -> (V,3,size,size)."""
+        each = len(images) // len(draws.flip)
+        draws_of_each = [field.repeat(each, axis=0) for field in (draws.crop, draws.flip)]
+        height, width = np.array([image.shape[1:] for image in images]).T
+        boxes = crop_boxes(draws_of_each[0], height, width, self.least)
+        if self.device.type == "cpu":
+            x = crop_one_by_one(images, boxes, draws_of_each[1], size)
+        else:
+            x = crop_by_products(images, boxes, draws_of_each[1], size, torch.float16)
+        x = x.div_(255).unflatten(0, (-1, each))                                            # (V, 1 or 2, 3, s, s)
+        if self.jitter:
+            x = jitter(x, draws.factors, draws.order)
+        if self.mixup:
+            weight = torch.from_numpy(draws.weight).to(x, non_blocking=True)
+            return normalize(torch.lerp(x[:, 1], x[:, 0], weight[:, None, None, None]))
+        return normalize(x[:, 0])
 
 
-class _Keys:
-    """The batch sampler: keys of the loader's current epoch."""
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        return iter(self.loader._keys)
-
-
-def _start_worker(_):
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                # Ctrl-C is the main process's affair
+def most_pixels(size, least):
+    """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more of them need not be held."""
+    return size ** 2 / (least * RATIO[0])
 
 
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
-                        device="cpu", seed=1234, crop_scale=(0.08, 1.0)):
+                        device="cpu", seed=1234, least=0.08):
     """Coupled views for distillation: iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)), one epoch long.
 
-    Each of the A `copies` of an image is one draw (crop box, flip, colour, mixup partner and weight) rendered at both
-    sizes; float, ImageNet-normalised, on `device`. Mixup's partner is a view of another image of the batch, so a
-    batch of one is not mixed.
+    Each of the A `copies` of an image is one draw (crop box, flip, colours, mixup's partner and weight) rendered at both
+    sizes; float, ImageNet-normalised, on `device`. See Views.
     """
-    return ViewLoader(dataset, (student_size, teacher_size), copies, batch_size, crop_scale, True, mixup, workers,
-                      device, seed)
+    return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers, device, seed)
 
 
 def main(argv=None):
