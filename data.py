@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -480,33 +481,40 @@ def _resampling(start, length, size, full, flip):
     return weights / weights.sum(2, keepdim=True)
 
 
+# The four operations of ColorJitter on (V,...,3,h,w) in [0,1], in place, `factor` (V,1,1,...) a view's own.
+
 def _grey(x):
-    red, green, blue = x.split(1, -3)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue                          # torchvision's rgb_to_grayscale
+    red, green, blue = x.unbind(-3)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)    # as torchvision's
 
 
 def _brightness(x, factor):
-    return (x * factor).clamp_(0, 1)
+    return x.mul_(factor).clamp_(0, 1)
 
 
 def _contrast(x, factor):
-    return torch.lerp(_grey(x).mean((-2, -1), keepdim=True), x, factor).clamp_(0, 1)
+    mean = _grey(x).mean((-2, -1), keepdim=True)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation(x, factor):
-    return torch.lerp(_grey(x), x, factor).clamp_(0, 1)
+    grey = _grey(x).mul_(1 - factor)
+    return x.mul_(factor).add_(grey).clamp_(0, 1)
 
 
 def _hue(x, factor):
-    """Turn the hue by `factor` of a circle: a channel is max - chroma * clamp(min(k, 4 - k), 0, 1), k in sixths of it."""
-    red, green, blue = x.split(1, -3)
-    high, low = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
+    """Turn the hue by `factor` of a circle; a channel is low + chroma * ramp(hue), so saturation is never divided out."""
+    red, green, blue = x.unbind(-3)
+    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    sector = torch.where(red == high, 0.0, torch.where(green == high, 2.0, 4.0))
-    hue = torch.where(red == high, green - blue, torch.where(green == high, blue - red, red - green))
-    hue = hue / chroma.clamp(min=1e-12) + sector + 6 * factor
-    k = torch.cat([hue + 5, hue + 3, hue + 1], -3).remainder_(6)
-    return high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    hue = torch.where(red == high, green - blue, torch.where(green == high, (blue - red).add_(chroma, alpha=2),
+                                                             (red - green).add_(chroma, alpha=4)))
+    hue = hue.div_(chroma.clamp(min=1e-12)).add_(6 * factor.squeeze(-3))        # in sixths of the circle
+    hue -= (hue / 6).floor_().mul_(6)
+    torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
+    for channel, centre in ((green, 2), (blue, 4)):
+        torch.addcmul(low, chroma, (hue - centre).abs_().neg_().add_(2).clamp_(0, 1), out=channel)
+    return x
 
 
 def jitter(x, factors, order):
@@ -517,7 +525,7 @@ def jitter(x, factors, order):
             if len(rows):
                 factor = torch.from_numpy(factors[rows, number]).to(x, non_blocking=True)
                 rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
-                x[rows] = change(x[rows], factor.view(-1, *[1] * (x.ndim - 1)))
+                x.index_copy_(0, rows, change(x.index_select(0, rows), factor.view(-1, *[1] * (x.ndim - 1))))
     return x
 
 
@@ -534,6 +542,9 @@ class Views:
         self.dataset, self.sizes, self.copies, self.batch_size = dataset, sizes, copies, batch_size
         self.least, self.jitter, self.mixup, self.seed = least, jitter, mixup, seed
         self.device, self.next_epoch = torch.device(device), 0
+        self.map = map
+        if self.device.type == "cpu":                           # small operations: a thread of its own for some views each
+            self.map = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,)).map
         self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
 
     def __len__(self):
@@ -563,17 +574,16 @@ class Views:
 
     def _render(self, images, part, draws, size):
         """The views (B,A,3,size,size) of a part of the epoch, a few at a time: in a CPU's cache, or a GPU's memory."""
-        copies, views = self.copies, []
+        copies = self.copies
         draws = Draws(*(field.reshape(-1, *field.shape[2:]) for field in tuple(draws)))     # (V, ...), V = B*A
         sources = np.arange(part.start, part.stop).repeat(copies)[:, None]                  # (V, 1)
         if self.mixup:
             sources = np.hstack([sources, draws.partner[:, None]])                          # (V, 2)
-        on_cpu = self.device.type == "cpu"
-        pixels = size ** 2 if on_cpu else max(images[i].shape[1] for i in sources.flat) ** 2
-        some = max(1, (2 ** 17 if on_cpu else 2 ** 26) // pixels)
-        for rows in (slice(v, v + some) for v in range(0, len(sources), some)):
-            views.append(self._render_some([images[i] for i in sources[rows].flat], draws[rows], size))
-        return torch.cat(views).unflatten(0, (-1, copies))
+        pixels = size ** 2 if self.device.type == "cpu" else max(images[i].shape[1] for i in sources.flat) ** 2
+        some = max(1, (2 ** 16 if self.device.type == "cpu" else 2 ** 26) // pixels)
+        parts = [slice(v, v + some) for v in range(0, len(sources), some)]
+        views = self.map(lambda rows: self._render_some([images[i] for i in sources[rows].flat], draws[rows], size), parts)
+        return torch.cat(list(views)).unflatten(0, (-1, copies))
 
     def _render_some(self, images, draws, size):
         """V or 2V images (3,H,W), a view's own and its partner next to each other -> (V,3,size,size)."""
