@@ -395,12 +395,18 @@ def train(options):
     return fit(net, lambda epoch: mine(net, dataset, decoder, epoch, options), batches, losses, ["triplet"], options)
 
 
-def main(argv=None):
+def parse(argv=None):
+    """The options of a command line, whole and checked."""
     command = parser("teacher", __doc__.split("\n\n")[0])
     command.add_argument("--size", type=int, help="side of the images in px")
     command.add_argument("--pooling", default="gem", help="gem (%(default)s), gemmp, mac or spoc")
     options = settle(command.parse_args(argv), "teacher")
     options.out = options.out or free_folder(options, options.size)
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
     net = train(options)
     test = load_dataset(options.dataset, options.root, "val" if options.validation else "test")
     print_table(trade_off(net, [], test, device=options.device, workers=options.workers, precision=options.precision)[0])
