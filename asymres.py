@@ -100,73 +100,63 @@ class EmbeddingNet(nn.Module):
 
 
 def is_batchnorm(module):
-    """Whether a module is a batch-norm layer, of images or sequences, synchronised or not."""
+    """Whether a module is a batch-norm layer of any kind."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _kind(module):
-    """The dtype and device that a module computes in; those of a new tensor where it has no parameters."""
+    """The dtype and device that a module computes in; a new tensor's where it has no parameters."""
     parameter = next(module.parameters(), torch.empty(0))
     return {"dtype": parameter.dtype, "device": parameter.device}
 
 
 def _backbone(arch, pretrained):
     """A classifier up to its last feature map, with its children's names as the authors' checkpoints have them."""
-    try:
-        model = _timm(arch, pretrained) if arch.startswith("timm/") else _torchvision(arch, pretrained)
-    except OSError as error:
-        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give a file of them with "
-                         "--weights FILE, or --weights random") from error
+    model = _classifier(arch, pretrained is True)
     if isinstance(pretrained, (str, os.PathLike)):
         try:
             model.load_state_dict(read_checkpoint(pretrained))
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"{pretrained} does not hold weights of {arch}") from error
     if arch.startswith("timm/"):
-        model.reset_classifier(0, "")                           # no pooling, no classifier: forward gives (B,C,h,w)
+        model.reset_classifier(0, "")                           # no pooling either: forward gives (B,C,h,w)
         return model
     if hasattr(model, "features"):
         if arch.startswith("densenet"):                         # whose forward ends the features with a ReLU
             model.features.add_module("relu", nn.ReLU(inplace=True))
         return model.features
-    layers = OrderedDict()
-    if hasattr(model, "transform_input"):                       # GoogLeNet, Inception
-        layers["input"] = _InputTransform(bool(pretrained))
+    layers = []
     for name, child in model.named_children():
         if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear)) or name == "classifier":
             break
         if "aux" not in name.lower():                           # Inception's and GoogLeNet's side heads
-            layers[str(len(layers) - ("input" in layers))] = child
-    return nn.Sequential(layers)
+            layers.append((str(len(layers)), child))
+    if hasattr(model, "transform_input"):
+        layers.insert(0, ("input", _InputTransform(bool(pretrained))))
+    return nn.Sequential(OrderedDict(layers))
 
 
-def _torchvision(arch, pretrained):
-    if arch not in torchvision.models.list_models(module=torchvision.models) + ["resnet10"]:
-        raise ValueError(f"unknown architecture {arch!r}: torchvision.models.list_models() has the names")
-    if arch == "resnet10" and pretrained is not True:
-        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    weights = {"weights": "IMAGENET1K_V1"} if pretrained is True else {}
-    if not weights and arch in ("googlenet", "inception_v3"):
-        weights = {"init_weights": True}                        # the default, but torchvision warns if it is not said
+def _classifier(arch, pretrained):
+    """The whole network of torchvision or timm, with ImageNet weights or random ones."""
     try:
-        return torchvision.models.get_model(arch, **weights)
-    except (KeyError, ValueError) as error:                     # no such weights: resnet10, regnet_y_128gf
-        raise ValueError(f"{arch} has no ImageNet weights in torchvision: start from random ones") from error
-
-
-def _timm(arch, pretrained):
-    try:
-        import timm
+        if arch.startswith("timm/"):
+            import timm
+            return timm.create_model(arch[5:], pretrained=pretrained)
+        if arch == "resnet10" and not pretrained:
+            return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+        init = {"init_weights": True} if arch in ("googlenet", "inception_v3") and not pretrained else {}   # or it warns
+        return torchvision.models.get_model(arch, weights="IMAGENET1K_V1" if pretrained else None, **init)
     except ImportError as error:
         raise ImportError(f"{arch} needs timm: pip install timm") from error
-    try:
-        return timm.create_model(arch.removeprefix("timm/"), pretrained=pretrained is True)
-    except RuntimeError as error:                               # an unknown name, or one without weights
-        raise ValueError(f"{arch}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give a file of them with "
+                         "--weights FILE, or --weights random") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"there is no architecture {arch!r}" + " with ImageNet weights" * pretrained) from error
 
 
 class _InputTransform(nn.Module):
-    """GoogLeNet's and Inception's pretrained weights expect (x - 0.5) / 0.5 of pixels x; from random ones, nothing."""
+    """GoogLeNet's and Inception's pretrained weights expect (x - 0.5) / 0.5 of pixels x; random ones, nothing."""
     def __init__(self, pretrained):
         super().__init__()
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -197,16 +187,10 @@ def _channels(backbone, arch):
 def distillation_loss(student, teacher, lambda_ts, lambda_ss):
     """Absolute and relational distillation, summed over images: (B,A,D), (B,A,D) -> scalar.
 
-    Row b holds A views of image b; s and t are student's and teacher's unit vectors of the same views:
-
-        sum_b  1/A      sum_i      (1 - s_bi.t_bi)^2                     absolute
-      + lambda_ts 1/(A(A-1)) sum_i!=j  (s_bi.t_bj - t_bi.t_bj)^2         relational, teacher-student
-      + lambda_ss 1/(A(A-1)) sum_i!=j  (s_bi.s_bj - t_bi.t_bj)^2         relational, student-student
-
-    Relations are among views of one image; nothing crosses images and no label is read.
+    Row b holds A views of image b; s and t are student's and teacher's unit vectors of the same views. Relations are
+    among views of one image; nothing crosses images and no label is read.
     """
-    absolute, ts, ss = absolute_term(student, teacher), ts_term(student, teacher), ss_term(student, teacher)
-    return absolute + lambda_ts * ts + lambda_ss * ss
+    return absolute_term(student, teacher) + lambda_ts * ts_term(student, teacher) + lambda_ss * ss_term(student, teacher)
 
 
 def absolute_term(s, t):

@@ -8,7 +8,6 @@ training device, at every size from one draw (Views): uint8 images (3,H,W) becom
 import argparse
 import csv
 import functools
-import math
 import os
 import re
 import signal
@@ -29,43 +28,43 @@ from torchvision.transforms.v2 import functional as TF
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 DOWNLOADS = {                                               # URL, md5
-    "cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),
+    "cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+            "97eceeb196236b17998738112f37df78"),
     "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e")}
 COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},
           "sop": {"train": 59551, "test": 60502}}
+LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}      # class ids up to it train, those above it test
+TOP = {"cub": "CUB_200_2011", "cars": "", "sop": "Stanford_Online_Products"}    # the archive's own folder
 LAYOUTS = {"cub": "images.txt and images/<class>/<file>.jpg (CUB_200_2011.tgz)",
            "cars": "cars_annos.mat and car_ims/<file>.jpg, or anno_train.csv, anno_test.csv, names.csv and "
                    "car_data/car_data/{train,test}/<class name>/<file>.jpg",
            "sop": "Ebay_train.txt, Ebay_test.txt and <super class>_final/<file>.JPG (Stanford_Online_Products.zip)"}
-LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}      # class ids up to it are for training, the others for testing
 
 
-# ------------------------------------------------------------------------------------ programs and their processes
+# ------------------------------------------------------------------------------- programs and their processes
 
-PROCESSES = {"rank": 0, "count": 1}     # of a program under torchrun; a library's user is always alone
+PROCESSES = {"rank": 0, "count": 1}     # of a program under torchrun; who imports these functions is always alone
 
 
 def run_command(main):
-    """Run a program's `main`: a mistake of the user, or of the machine, ends in one sentence on stderr and exit code 2."""
+    """Run a program's `main`: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
     PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
     if PROCESSES["rank"]:
         sys.stdout = open(os.devnull, "w")                  # process 0 speaks for all
+    say, code = "", 0
     try:
         main()
     except KeyboardInterrupt as stop:
-        _say(f"\n{stop or 'interrupted'}")
-        sys.exit(130)
+        say, code = f"\n{stop or 'interrupted'}", 130
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]        # after a worker's traceback
-        _say(f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}")
-        sys.exit(2)
+        say, code = f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}", 2
+    if code and (PROCESSES["rank"] == 0 or distributed.is_initialized()):     # until they meet, all say the same
+        print(say, file=sys.stderr, flush=True)
+    if code:
+        sys.exit(code)
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _say(sentence):
-    if PROCESSES["rank"] == 0 or distributed.is_initialized():      # before they meet, all processes find the same
-        print(sentence, file=sys.stderr, flush=True)
 
 
 def warn(sentence):
@@ -75,7 +74,7 @@ def warn(sentence):
 
 
 def add_up(*tensors):
-    """Sum each tensor over the processes of a program, in place: the same sum in all. One process: nothing to do."""
+    """Sum each tensor over the processes of a program, in place: the same sum in all. One process has nothing to do."""
     if PROCESSES["count"] == 1:
         return
     try:
@@ -87,10 +86,10 @@ def add_up(*tensors):
         raise ConnectionError("another process of this program has ended, and so does this one") from error
 
 
-# ------------------------------------------------------------------------------------------------------- one image
+# ------------------------------------------------------------------------------------------------- one image
 
 def read_image(path, most=None):
-    """An RGB PIL image as a viewer shows it: upright by its EXIF tag, transparency on white, 16 bit scaled to 8.
+    """An RGB PIL image as a viewer shows it: upright by its EXIF tag, and as `as_rgb` has it.
 
     An image of more than `most` pixels is shrunk to them, a JPEG partly while it is decoded.
     Raises ValueError that names the file for whatever cannot be decoded, decompression bombs included.
@@ -100,7 +99,7 @@ def read_image(path, most=None):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if most and file.width * file.height > most:
-                    shrink = math.sqrt(most / (file.width * file.height))
+                    shrink = (most / (file.width * file.height)) ** 0.5
                     file.thumbnail((file.width * shrink, file.height * shrink), Image.LANCZOS)
                 return as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:                                                  # Pillow raises a dozen kinds
@@ -110,7 +109,8 @@ def read_image(path, most=None):
 def as_rgb(image):
     """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":                         # 16-bit grey, under its several names
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image, dtype=np.float64) / 257
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -118,7 +118,7 @@ def as_rgb(image):
 
 
 def evaluation_crop(image, size):
-    """Both sides times size*8/7 over the shorter one, rounded (Lanczos), then the centre: a size x size PIL image."""
+    """Both sides times size*8/7 over the shorter one, rounded (Lanczos), then the centre: a PIL image of size x size."""
     scale = size * 8 / 7 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
     return TF.center_crop(image, [size, size])
@@ -145,10 +145,10 @@ def _statistics(device):
     return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
 
 
-# --------------------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------------------------------------- data sets
 
 class ImageSet:
-    """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where images are drawn), `len`."""
+    """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where drawn), `len`."""
     def __init__(self, labels, paths=None, images=None):
         self.labels, self.paths, self._images = list(labels), paths, images
 
@@ -161,12 +161,12 @@ class ImageSet:
 
 
 def load_dataset(name, root=None, split="train", check=True):
-    """An ImageSet of "cub", "cars", "sop" (in any case), "synthetic", or of a folder of class folders: `root`, or `name`.
+    """An ImageSet of "cub", "cars", "sop" (in any case), "synthetic", or of class folders in `root`, or `name`.
 
     split   "train", "test" (other classes), or a division of the training classes for tuning: "fit" (first half
             of the class ids) and "val" (second half)
     check   hold the number of images of a named set to the published one
-    Raises FileNotFoundError with the layout expected where there is none, ValueError where annotations are damaged.
+    Raises FileNotFoundError with the layout expected where there is none, ValueError where files are damaged.
     """
     if split not in ("train", "test", "fit", "val"):
         raise ValueError(f"unknown split {split!r}: choose from train, test, fit, val")
@@ -179,17 +179,23 @@ def load_dataset(name, root=None, split="train", check=True):
     classes = sorted({label for _, label in listed})
     last = LAST_TRAINING.get(known, classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1)
     listed = [(path, label) for path, label in listed if (label > last) == (part == "test")]
+    missing = [path for path, _ in listed if not os.path.isfile(path)]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of the {len(listed)} images of {name} are missing in {root}, first "
+                                + ", ".join(missing[:3]))
+    expected = COUNTS[known][part] if known in COUNTS and check else len(listed)
+    if len(listed) != expected:
+        raise ValueError(f"{name} lists {len(listed)} images in {root}, {expected} are expected: the annotations are "
+                         "not whole")
     if not listed:
-        raise FileNotFoundError(f"no {part} images in {root or name}: a folder with one sub-folder of images per class, "
-                                f"at least 2 of them, is expected (or one of {', '.join(COUNTS)}, synthetic)")
-    if known in COUNTS:
-        _check_files(known, root, listed, COUNTS[known][part] if check else len(listed))
+        raise FileNotFoundError(f"no {part} images in {root or name}: a folder with one sub-folder of images per "
+                                f"class, at least 2, is expected (or one of {', '.join(COUNTS)}, synthetic)")
     rows = _half([label for _, label in listed], split)
     return ImageSet([listed[i][1] for i in rows], [listed[i][0] for i in rows])
 
 
 def settle_dataset(name, root, inherited):
-    """(name, absolute root) of what an option names: a known set in lower case, or "folder"; by default `inherited`'s."""
+    """(name, absolute root) of what options name: a known set in lower case, or "folder"; else `inherited`'s."""
     known = name and (name.lower() if name.lower() in (*COUNTS, "synthetic") else "folder")
     if known == "folder":
         root = root or name
@@ -201,32 +207,19 @@ def settle_dataset(name, root, inherited):
 def _half(labels, split):
     """Rows of the classes in a split of the training classes."""
     classes = sorted(set(labels))
-    middle = (len(classes) + 1) // 2
-    chosen = set({"fit": classes[:middle], "val": classes[middle:]}.get(split, classes))
-    return [i for i, label in enumerate(labels) if label in chosen]
-
-
-def _check_files(name, root, listed, expected):
-    missing = [path for path, _ in listed if not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(listed)} images of {name} are missing in {root}, first "
-                                + ", ".join(missing[:3]))
-    if len(listed) != expected:
-        raise ValueError(f"{name} lists {len(listed)} images in {root}, {expected} are expected: "
-                         "the annotations are not whole")
+    middle = classes[(len(classes) - 1) // 2]
+    return [i for i, label in enumerate(labels) if {"fit": label <= middle, "val": label > middle}.get(split, True)]
 
 
 def _named(name, root):
     """[(path, class id)] of a published set in `root`, or in the archive's own folder there."""
     if not root:
         raise FileNotFoundError(f"{name} needs its folder, --root, which holds {LAYOUTS[name]}")
-    folder, first, read = {"cub": ("CUB_200_2011", ["images.txt"], _cub),
-                           "cars": ("", ["cars_annos.mat", "anno_train.csv"], _cars),
-                           "sop": ("Stanford_Online_Products", ["Ebay_train.txt"], _sop)}[name]
-    for place in (root, os.path.join(root, folder)):
-        if any(os.path.isfile(os.path.join(place, file)) for file in first):
+    for place in (root, os.path.join(root, TOP[name])):
+        if any(os.path.isfile(os.path.join(place, file))
+               for file in ("images.txt", "Ebay_train.txt", "cars_annos.mat", "anno_train.csv")):
             try:
-                return read(place)
+                return {"cub": _cub, "cars": _cars, "sop": _sop}[name](place)
             except (ValueError, TypeError, KeyError, IndexError) as error:     # what a damaged file leads to
                 raise ValueError(f"the annotations of {name} in {place} cannot be read ({error})") from error
     raise FileNotFoundError(f"no {name} in {root}: {LAYOUTS[name]} is expected")
@@ -255,18 +248,18 @@ def _sop(root):
 
 
 def _cars(root):
-    """The published layout (scipy needed), or the copy with csv files: file, x1, y1, x2, y2, class, without a header."""
+    """The published layout (scipy needed), or the copy with csv files: file, x1, y1, x2, y2, class, no header."""
     if os.path.isfile(os.path.join(root, "anno_train.csv")):
         names = [line.strip('"').replace("/", "-") for line in _lines(root, "names.csv")]
-        rows = [(part, row) for part in ("train", "test") for row in csv.reader(_lines(root, f"anno_{part}.csv"))]
-        if not all(len(row) == 6 and 1 <= _class(row[5]) <= len(names) for _, row in rows):
-            raise ValueError("file, x1, y1, x2, y2, class are expected")
-        return [(os.path.join(root, "car_data", "car_data", part, names[int(row[5]) - 1], row[0]), int(row[5]))
-                for part, row in rows]
+        rows = [(part, *row) for part in ("train", "test") for row in csv.reader(_lines(root, f"anno_{part}.csv"))]
+        if not all(1 <= _class(row[-1]) <= len(names) for row in rows):
+            raise ValueError(f"names.csv has {len(names)} classes only")
+        return [(os.path.join(root, "car_data", "car_data", part, names[int(label) - 1], file), int(label))
+                for part, file, *_, label in rows]
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError("cars_annos.mat needs scipy: pip install scipy (the copy with csv files does not)") from error
+        raise ImportError("cars_annos.mat needs scipy: pip install scipy (the csv copy does not)") from error
     try:
         rows = loadmat(os.path.join(root, "cars_annos.mat"), squeeze_me=True)["annotations"]
     except Exception as error:                              # what a damaged .mat raises is scipy's affair
@@ -339,19 +332,20 @@ def _eggs(labels, angles, periods, families, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------- decoding
 
 class Decoder:
     """Worker processes that decode images: `decoder(keys)` iterates over uint8 (3,H,W), one a key, in order.
 
-    A key is (i, size): image i of the data set, its evaluation crop of `size` px or, where size is 0, the whole image
-    shrunk to `most` pixels. The workers live as long as the Decoder. lenient: None comes for what cannot be read.
+    A key is (i, size): image i of the data set, its evaluation crop of `size` px or, where size is 0, the whole
+    image, shrunk to `most` pixels. The workers live as long as the Decoder. lenient: None comes for what cannot
+    be read.
     """
     def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
         self.keys = []
         self.loader = DataLoader(_Decoded(dataset, most, lenient), batch_size=None, sampler=self.keys,
-                                 num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=torch.device(device).type == "cuda", worker_init_fn=_ignore_ctrl_c,
+                                 num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
+                                 pin_memory=torch.device(device).type == "cuda",
                                  generator=torch.Generator())           # it would draw from the global one
 
     def __call__(self, keys):
@@ -359,36 +353,34 @@ class Decoder:
         return iter(self.loader)
 
 
-def evaluation_batches(decoder, rows, parts, size, device):
-    """For each slice of the image numbers `rows`: the places of those that can be read, and them, (b,3,size,size)."""
-    decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
-    for part in parts:
-        readable = {place: image for place, image in zip(range(part.start, part.stop), decoded) if image is not None}
-        if readable:
-            images = torch.stack(list(readable.values())).to(device, non_blocking=True)
-            yield list(readable), normalize(images.float().div_(255))
-
-
 class _Decoded(Dataset):
     def __init__(self, dataset, most, lenient):
         self.dataset, self.most, self.lenient = dataset, most, lenient
 
     def __getitem__(self, key):
-        i, size = key
         try:
-            image = self.dataset.image(i, None if size else self.most)
+            image = self.dataset.image(key[0], None if key[1] else self.most)
+            return _pixels(evaluation_crop(image, key[1]) if key[1] else image)
         except ValueError:
             if not self.lenient:
                 raise
-            return None
-        return _pixels(evaluation_crop(image, size) if size else image)
 
 
 def _ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                        # it is the main process's affair
 
 
-# ---------------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
+def evaluation_batches(decoder, rows, parts, size, device):
+    """For each slice of the image numbers `rows`: the places of those that can be read, and them, (b,3,size,size)."""
+    decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
+    for part in parts:
+        readable = {i: image for i, image in zip(range(part.start, part.stop), decoded) if image is not None}
+        if readable:
+            images = torch.stack(list(readable.values())).to(device, non_blocking=True)
+            yield list(readable), normalize(images.float().div_(255))
+
+
+# ------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
 
 BLOCK = 200                             # images of an epoch, in order, that are each other's partners in mixup
 RATIO = (3 / 4, 4 / 3)                  # of a crop's sides
@@ -397,52 +389,49 @@ COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))     # brightness, contra
 
 def seeded(*numbers, device="cpu"):
     """A torch.Generator for a tuple of whole numbers: (seed, epoch, purpose), say."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed >> 1))
 
 
 class Draws(NamedTuple):
-    """What is random in the A views of n images, drawn once for all sizes; the first two axes of each array are (n, A)."""
-    crop: np.ndarray                    # (n, A, 10, 4) in [0,1): area, ratio, top and left of ten attempts
-    flip: np.ndarray                    # (n, A) bool
-    factors: np.ndarray                 # (n, A, 4) of the colour operations
-    order: np.ndarray                   # (n, A, 4) in which they are applied
-    partner: np.ndarray                 # (n, A) mixup's other image, a place among the n
-    weight: np.ndarray                  # (n, A) lambda ~ Beta(0.2, 0.2), of the image itself
-
-    def __getitem__(self, rows):
-        return Draws(*(field[rows] for field in tuple(self)))
+    """What is random in V views, drawn once for all sizes. A view's image is a place in the epoch's order."""
+    image: np.ndarray                   # (V,)
+    partner: np.ndarray                 # (V,) the other image of mixup, of the same block
+    crop: np.ndarray                    # (V, 10, 4) in [0,1): area, ratio, top and left of ten attempts
+    flip: np.ndarray                    # (V,) bool
+    factors: np.ndarray                 # (V, 4) of the colour operations
+    order: np.ndarray                   # (V, 4) in which they are applied
+    weight: np.ndarray                  # (V,) lambda ~ Beta(0.2, 0.2), of the image itself
 
 
 def draw_views(count, copies, *seed):
-    """The Draws of an epoch of `count` images, block by block: they depend on the seed and the block, on nothing else."""
+    """The Draws of an epoch: `copies` views of each of `count` images, block by block, by the seed and nothing else."""
     blocks = []
     for start in range(0, count, BLOCK):
         n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
-        partner = np.arange(n)[:, None] + 1 + random.integers(max(1, n - 1), size=(n, copies))     # not the image itself
-        blocks.append((random.random((n, copies, 10, 4)), random.random((n, copies)) < 0.5,
-                       random.uniform(*COLOURS, (n, copies, 4)),
-                       random.permuted(np.tile(np.arange(4), (n, copies, 1)), axis=2),
-                       start + partner % n, random.beta(0.2, 0.2, (n, copies))))
+        own = np.arange(n).repeat(copies)
+        partner = (own + 1 + random.integers(max(1, n - 1), size=len(own))) % n             # not the image itself
+        blocks.append((start + own, start + partner, random.random((len(own), 10, 4)), random.random(len(own)) < 0.5,
+                       random.uniform(*COLOURS, (len(own), 4)),
+                       random.permuted(np.tile(np.arange(4), (len(own), 1)), axis=1),
+                       random.beta(0.2, 0.2, len(own))))
     return Draws(*map(np.concatenate, zip(*blocks)))
 
 
-def crop_boxes(draws, height, width, least):
-    """RandomResizedCrop's boxes (V,4), top, left, height, width, for (V,10,4) draws in frames of (V,) height and width.
+def crop_boxes(crop, height, width, least):
+    """RandomResizedCrop's boxes (V,4), top, left, height, width, for draws (V,10,4) in frames (V,) by (V,).
 
-    The area is `least` to 1 of the frame. The first attempt that fits counts, and if none does, the largest centred box.
+    The area is `least` to 1 of the frame. The first attempt that fits counts; if none does, the largest centred box.
     """
-    height, width = height[:, None], width[:, None]                             # (V, 1)
-    area = height * width * (least + (1 - least) * draws[..., 0])               # (V, 10)
-    ratio = np.exp(np.log(RATIO[0]) + np.log(RATIO[1] / RATIO[0]) * draws[..., 1])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    w = np.hstack([w, np.minimum(width, np.rint(height * RATIO[1]))])           # (V, 11)
-    h = np.hstack([h, np.minimum(height, np.rint(width / RATIO[0]))])
+    height, width, row = height[:, None], width[:, None], np.arange(len(crop))              # (V, 1)
+    area = height * width * (least + (1 - least) * crop[..., 0])                            # (V, 10)
+    ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** crop[..., 1]
+    w = np.hstack([np.rint(np.sqrt(area * ratio)), np.minimum(width, np.rint(height * RATIO[1]))])     # (V, 11)
+    h = np.hstack([np.rint(np.sqrt(area / ratio)), np.minimum(height, np.rint(width / RATIO[0]))])
     first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(1)
-    row = np.arange(len(first))
-    w, h = w[row, first], h[row, first]
-    place = np.append(draws[..., 2:], np.full((len(row), 1, 2), 0.5), axis=1)[row, first]    # (V, 2)
-    top, left = place[:, 0] * (height[:, 0] - h + 1), place[:, 1] * (width[:, 0] - w + 1)
-    return np.stack([top, left, h, w], axis=1).astype(np.int64)
+    room = np.stack([height - h, width - w], axis=2)[row, first] + 1                        # (V, 2)
+    corner = np.append(crop[..., 2:], np.full((len(row), 1, 2), 0.5), axis=1)[row, first] * room
+    return np.column_stack([corner, h[row, first], w[row, first]]).astype(np.int64)
 
 
 def crop_one_by_one(images, boxes, flip, size):
@@ -455,7 +444,7 @@ def crop_one_by_one(images, boxes, flip, size):
 
 
 def crop_by_products(images, boxes, flip, size, kind=torch.float32):
-    """The same as two batched products, rows @ image @ columns^T, for a GPU; exact where the other rounds to whole levels.
+    """The same as two batched products, rows @ image @ columns^T, for a GPU; not rounded to whole grey levels.
 
     `kind` is the type of the products: half precision holds 0..255 exactly and weights to 2^-11.
     """
@@ -467,11 +456,11 @@ def crop_by_products(images, boxes, flip, size, kind=torch.float32):
     flip = torch.from_numpy(flip).to(device, non_blocking=True)
     rows = _resampling(top, height, size, H, torch.zeros_like(flip))[:, None].to(kind)      # (V, 1, s, H)
     columns = _resampling(left, width, size, W, flip)[:, None].to(kind)                     # (V, 1, s, W)
-    return (rows @ stack.to(kind) @ columns.mT).float()             # (V,1,s,H) @ (V,3,H,W) @ (V,1,W,s) -> (V,3,s,s)
+    return (rows @ stack.to(kind) @ columns.mT).float()     # (V,1,s,H) @ (V,3,H,W) @ (V,1,W,s) -> (V,3,s,s)
 
 
 def _resampling(start, length, size, full, flip):
-    """Antialiased bilinear weights (V,size,full) from a side's `full` pixels to `size`, for V crops; rows sum to 1."""
+    """Antialiased bilinear weights (V,size,full), from `full` pixels to the `size` of V crops; rows sum to 1."""
     scale = (length / size)[:, None, None]
     place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]            # (V, 1, full): in the crop
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale               # (V, size, 1)
@@ -481,29 +470,30 @@ def _resampling(start, length, size, full, flip):
     return weights / weights.sum(2, keepdim=True)
 
 
-# The four operations of ColorJitter on (V,...,3,h,w) in [0,1], in place, `factor` (V,1,1,...) a view's own.
+def jitter(x, factors, order):
+    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view with its own (V,4) numpy factors and order."""
+    for turn in range(4):
+        for operation in range(4):
+            rows = np.flatnonzero(order[:, turn] == operation)  # found in host memory: no device is waited for
+            if len(rows):
+                factor = torch.from_numpy(factors[rows, operation]).to(x, non_blocking=True)
+                rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
+                some = x.index_select(0, rows)
+                (_turn_hue if operation == 3 else _blend)(some, factor.view(-1, *[1] * (x.ndim - 1)), operation)
+                x.index_copy_(0, rows, some)
+    return x
 
-def _grey(x):
+
+def _blend(x, factor, operation):
+    """Brightness (0), contrast (1) or saturation (2): away from black, the mean grey level, each pixel's own."""
     red, green, blue = x.unbind(-3)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)    # as torchvision's
+    grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
+    other = [0 * factor, grey.mean((-2, -1), keepdim=True), grey][operation]
+    x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 1)
 
 
-def _brightness(x, factor):
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(x, factor):
-    mean = _grey(x).mean((-2, -1), keepdim=True)
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(x, factor):
-    grey = _grey(x).mul_(1 - factor)
-    return x.mul_(factor).add_(grey).clamp_(0, 1)
-
-
-def _hue(x, factor):
-    """Turn the hue by `factor` of a circle; a channel is low + chroma * ramp(hue), so saturation is never divided out."""
+def _turn_hue(x, factor, _):
+    """Turn the hue by `factor` of a circle; a channel is low + chroma * ramp(hue), so saturation is not divided out."""
     red, green, blue = x.unbind(-3)
     low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
@@ -514,108 +504,80 @@ def _hue(x, factor):
     torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
     for channel, centre in ((green, 2), (blue, 4)):
         torch.addcmul(low, chroma, (hue - centre).abs_().neg_().add_(2).clamp_(0, 1), out=channel)
-    return x
-
-
-def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view with its own (V,4) numpy factors, in its own order."""
-    for turn in range(4):
-        for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
-            rows = np.flatnonzero(order[:, turn] == number)     # chosen in host memory: no device is waited for
-            if len(rows):
-                factor = torch.from_numpy(factors[rows, number]).to(x, non_blocking=True)
-                rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
-                x.index_copy_(0, rows, change(x.index_select(0, rows), factor.view(-1, *[1] * (x.ndim - 1))))
-    return x
 
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
 
-    A view is one draw, the same at all `sizes`: a crop of `least` to all of the image's area, a flip and, if asked for,
-    jitter of the colours and mixup with another image of its block, put through the same draw. It depends on seed, epoch
-    and block alone, not on batches, workers or device (beyond rounding). Each image is decoded once an epoch; some two
-    blocks of them are held. Iterating gives batches of `batch_size` in random order, each time those of the next epoch.
+    A view is one draw, the same at all `sizes`: a crop of `least` to all of the image's area, a flip and, if asked
+    for, jitter of the colours and mixup with another image of its block, put through the same draw. It depends on
+    seed, epoch and block alone, not on batches, workers or device (beyond rounding). Each image is decoded once an
+    epoch; two blocks of them are held. Iterating gives batches in random order, each time those of the next epoch.
     """
     def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False, workers=0,
                  device="cpu", seed=1234, decoder=None):
-        self.dataset, self.sizes, self.copies, self.batch_size = dataset, sizes, copies, batch_size
-        self.least, self.jitter, self.mixup, self.seed = least, jitter, mixup, seed
-        self.device, self.next_epoch = torch.device(device), 0
-        self.map = map
-        if self.device.type == "cpu":                           # small operations: a thread of its own for some views each
-            self.map = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,)).map
+        self.sizes, self.copies, self.least, self.jitter, self.mixup = sizes, copies, least, jitter, mixup
+        self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
+        self.device = torch.device(device)
         self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
+        self.map = map
+        if self.device.type == "cpu":                           # small operations: a thread of its own for some views
+            self.map = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,)).map
 
     def __len__(self):
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-self.length // self.batch_size)
 
     def __iter__(self):
         number, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        order = torch.randperm(len(self.dataset), generator=seeded(self.seed, number))
-        ends = [*range(self.batch_size, len(order), self.batch_size), len(order)]
-        return self.epoch(number, order, [slice(i, end) for i, end in zip([0, *ends], ends)])
+        order, starts = torch.randperm(self.length, generator=seeded(self.seed, number)), range(0, self.length,
+                                                                                               self.batch_size)
+        return self.epoch(number, order, [slice(i, min(i + self.batch_size, self.length)) for i in starts])
 
     def epoch(self, number, order, parts):
         """Views of the images `order` (n,), an epoch's: of one slice of it after another of the ascending `parts`."""
-        draws = draw_views(len(order), self.copies, self.seed, number)
+        draws, A = draw_views(len(order), self.copies, self.seed, number), self.copies
         block = BLOCK if self.mixup else 1                      # what has to be decoded around an image
         blocks = dict.fromkeys(i // block for part in parts for i in range(part.start, part.stop))
         places = [i for b in blocks for i in range(b * block, min((b + 1) * block, len(order)))]
-        decoded = zip(places, self.decoder([(int(order[i]), 0) for i in places]))
-        images, ahead = {}, BLOCK if self.mixup else 0          # an even flow, not a block at a time
+        decoded, images, places = self.decoder([(int(order[i]), 0) for i in places]), {}, iter(places)
         for part in parts:
-            while places and places[0] < part.stop + ahead:
-                place, image = next(decoded)
-                images[place] = image.to(self.device, non_blocking=True, copy=True)     # not in shared memory any more
-                places = places[1:]
-            yield tuple(self._render(images, part, draws[part], size) for size in self.sizes)
+            ahead = part.stop + (BLOCK if self.mixup else 0)    # an even flow, not a block at a time
+            while max(images, default=-1) < ahead - 1 and (place := next(places, None)) is not None:
+                images[place] = next(decoded).to(self.device, non_blocking=True, copy=True)  # out of shared memory
+            some = Draws(*(field[part.start * A:part.stop * A] for field in draws))
+            yield tuple(self._render(images, some, size).unflatten(0, (-1, A)) for size in self.sizes)
             images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
-    def _render(self, images, part, draws, size):
-        """The views (B,A,3,size,size) of a part of the epoch, a few at a time: in a CPU's cache, or a GPU's memory."""
-        copies = self.copies
-        draws = Draws(*(field.reshape(-1, *field.shape[2:]) for field in tuple(draws)))     # (V, ...), V = B*A
-        sources = np.arange(part.start, part.stop).repeat(copies)[:, None]                  # (V, 1)
-        if self.mixup:
-            sources = np.hstack([sources, draws.partner[:, None]])                          # (V, 2)
-        pixels = size ** 2 if self.device.type == "cpu" else max(images[i].shape[1] for i in sources.flat) ** 2
-        some = max(1, (2 ** 16 if self.device.type == "cpu" else 2 ** 26) // pixels)
-        parts = [slice(v, v + some) for v in range(0, len(sources), some)]
-        views = self.map(lambda rows: self._render_some([images[i] for i in sources[rows].flat], draws[rows], size), parts)
-        return torch.cat(list(views)).unflatten(0, (-1, copies))
+    def _render(self, images, draws, size):
+        """Views (V,3,size,size), a few at a time: in a CPU's cache, or in bounded memory of a GPU."""
+        sources = np.stack([draws.image, draws.partner] if self.mixup else [draws.image], axis=1)       # (V, 1 or 2)
+        boxes = [crop_boxes(draws.crop, *np.array([images[i].shape[1:] for i in column]).T, self.least)
+                 for column in sources.T]
+        boxes, flip = np.stack(boxes, axis=1), draws.flip[:, None].repeat(sources.shape[1], 1)         # (V, 1 or 2, 4)
+        on_cpu, longest = self.device.type == "cpu", max(max(images[i].shape) for i in sources.flat)
+        count = max(1, 2 ** 16 // size ** 2 if on_cpu else 2 ** 26 // longest ** 2)
 
-    def _render_some(self, images, draws, size):
-        """V or 2V images (3,H,W), a view's own and its partner next to each other -> (V,3,size,size)."""
-        each = len(images) // len(draws.flip)
-        draws_of_each = [field.repeat(each, axis=0) for field in (draws.crop, draws.flip)]
-        height, width = np.array([image.shape[1:] for image in images]).T
-        boxes = crop_boxes(draws_of_each[0], height, width, self.least)
-        if self.device.type == "cpu":
-            x = crop_one_by_one(images, boxes, draws_of_each[1], size)
-        else:
-            x = crop_by_products(images, boxes, draws_of_each[1], size, torch.float16)
-        x = x.div_(255).unflatten(0, (-1, each))                                            # (V, 1 or 2, 3, s, s)
-        if self.jitter:
-            x = jitter(x, draws.factors, draws.order)
-        if self.mixup:
-            weight = torch.from_numpy(draws.weight).to(x, non_blocking=True)
-            return normalize(torch.lerp(x[:, 1], x[:, 0], weight[:, None, None, None]))
-        return normalize(x[:, 0])
+        def render(rows):
+            crop = crop_one_by_one if on_cpu else functools.partial(crop_by_products, kind=torch.float16)
+            x = crop([images[i] for i in sources[rows].flat], boxes[rows].reshape(-1, 4), flip[rows].flatten(), size)
+            x = x.div_(255).unflatten(0, (-1, sources.shape[1]))                                # (v, 1 or 2, 3, s, s)
+            if self.jitter:
+                x = jitter(x, draws.factors[rows], draws.order[rows])
+            if self.mixup:
+                weight = torch.from_numpy(draws.weight[rows]).to(x, non_blocking=True)
+                return normalize(torch.lerp(x[:, 1], x[:, 0], weight[:, None, None, None]))
+            return normalize(x[:, 0])
+        return torch.cat(list(self.map(render, (slice(v, v + count) for v in range(0, len(sources), count)))))
 
 
 def most_pixels(size, least):
-    """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more of them need not be held."""
+    """From so many pixels on every crop of `least` of the area is shrunk to `size` px: more need not be held."""
     return size ** 2 / (least * RATIO[0])
 
 
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
                         device="cpu", seed=1234, least=0.08):
-    """Coupled views for distillation: iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)), one epoch long.
-
-    Each of the A `copies` of an image is one draw (crop box, flip, colours, mixup's partner and weight) rendered at both
-    sizes; float, ImageNet-normalised, on `device`. See Views.
-    """
+    """Coupled views for distillation: iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)), an epoch's. See Views."""
     return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers, device, seed)
 
 

@@ -49,6 +49,8 @@ def distill(teacher, options):
         warn(f"the teacher was trained at {teacher.size} px and is used at {options.teacher_size}")
     if options.student_size > options.teacher_size:
         warn(f"the student's images ({options.student_size} px) are larger than the teacher's ({options.teacher_size})")
+    options.teacher_weights = fingerprint(teacher)
+    options.out = options.out or free_folder(options, f"{options.teacher_size}to{options.student_size}")
     dataset = load_dataset(options.dataset, options.root, "fit" if options.validation else "train")
     teacher.to(options.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     student = first_student(teacher, options)
@@ -123,8 +125,6 @@ def main(argv=None):
         options.out = options.out or free_folder(options, f"{options.teacher_size}to{options.student_size}")
         teacher = train(labelled(options, options.teacher_size, "teacher"))
         baselines = [train(labelled(options, options.student_size, "baseline", epochs=fair_epochs(options)))]
-    options.teacher_weights = fingerprint(teacher)
-    options.out = options.out or free_folder(options, f"{options.teacher_size}to{options.student_size}")
     student = distill(teacher, options)
     test = load_dataset(options.dataset, options.root, "val" if options.validation else "test")
     rows, found = trade_off(teacher, [student], test, baselines, options.teacher_size, device=options.device,

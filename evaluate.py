@@ -1,6 +1,6 @@
 """The evaluation of Sec. 4: exact retrieval metrics at any size, the trade-off of accuracy and cost, and search.
 
-    python evaluate.py --teacher T.pt --student S.pt [S2.pt ...] --json table.json --figure picture.png
+    python evaluate.py --teacher T.pt --student S.pt [S2.pt ...] --json table.json --figure queries.png
     python evaluate.py --teacher T.pt --database FOLDER --index photos.pt           # embed a folder at the large size, once
     python evaluate.py --student S.pt --index photos.pt --query IMAGE [IMAGE ...]   # search it with small queries
 
@@ -303,31 +303,6 @@ def draw_queries(path, dataset, found, queries=6, top=8, seed=0):
     sheet.save(path)
 
 
-def draw_curve(path, rows):
-    """Write a PNG of R@K (the first K) against the GFLOPs of a query, on a logarithmic axis, a dot a row of `trade_off`."""
-    metric = next(key for key in rows[0] if key.startswith("R@"))
-    width, height, left, bottom = 1000, 620, 90, 70         # px
-    flops = torch.tensor([row["GFLOPs/query"] for row in rows]).log()
-    low, span = flops.min() - 0.2, flops.max() - flops.min() + 1.4
-    place = lambda x, y: (left + float((x - low) / span) * (width - left), (height - bottom) * (1.05 - y / 100 * 1.05) + 8)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default
-    for percent in range(0, 101, 20):
-        draw.line([place(low, percent), (width, place(low, percent)[1])], "#dddddd")
-        draw.text((left - 12, place(low, percent)[1]), str(percent), "black", font(22), anchor="rm")
-    draw.text((left, 12), f"{metric} (%)", "black", font(22))
-    draw.text((width - 12, height - 8), "GFLOPs per query", "black", font(22), anchor="rs")
-    for x in sorted({row["GFLOPs/query"] for row in rows}):
-        draw.text((place(torch.tensor(x).log(), 0)[0], height - bottom + 24), f"{x:.3g}", "black", font(20), anchor="mt")
-    names = {name: colour for name, colour in zip(dict.fromkeys(row[""] for row in rows),
-                                                  ("black", WRONG, "#7570b3", RIGHT, "#66bd63"))}
-    for row, x in zip(rows, flops):
-        x, y = place(x, row[metric])
-        draw.ellipse((x - 7, y - 7, x + 7, y + 7), names[row[""]])
-        draw.text((x + 12, y), f"{row['']}, {row['query px']} px", names[row[""]], font(18), anchor="lm")
-    sheet.save(path)
-
-
 # ------------------------------------------------------------------------------------------------ used as a search engine
 
 def build_index(teacher, folder, path, **how):
@@ -410,7 +385,7 @@ def _parser():
                                                                     "default as the teacher was trained")
     add("--ks", type=int, nargs="+", default=[1, 8], help="the K of R@K")
     add("--json", metavar="FILE", help="write the table for machines")
-    add("--figure", metavar="FILE.png", help="one student: queries and what they find; several: accuracy against cost")
+    add("--figure", metavar="FILE.png", help="draw queries and what they find (of the first student)")
     add("--database", metavar="FOLDER", help="embed the images under this folder ...")
     add("--index", metavar="FILE", help="... into this file; or, with --query, search it")
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
@@ -475,10 +450,8 @@ def _evaluate(options, how):
     if options.json and rows:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)
-    if options.figure and len(students) == 1 and rows:
+    if options.figure and rows:
         draw_queries(options.figure, dataset, found)
-    elif options.figure and rows:
-        draw_curve(options.figure, rows)
 
 
 if __name__ == "__main__":

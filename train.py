@@ -209,7 +209,7 @@ def take_step(net, optimizer, schedule, parts, views, losses, state, stop):
         terms = losses(state["rows"][part], *next(views))
         terms.sum().backward()
         sums[:-1] += terms.detach()
-    add_up(sums, *(p.grad for p in net.parameters()))
+    add_up(sums, *(p.grad for p in net.parameters() if p.requires_grad))
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     schedule.step()
@@ -224,7 +224,7 @@ def take_step(net, optimizer, schedule, parts, views, losses, state, stop):
 
 def optimization(net, options, total, state):
     """AdamW and the one-cycle schedule of `total` steps, and random numbers, where the state left them."""
-    named, cuda = list(net.named_parameters()), options.device.startswith("cuda")
+    named, cuda = [(n, p) for n, p in net.named_parameters() if p.requires_grad], options.device.startswith("cuda")
     groups = [{"params": [p for name, p in named if name != "pool.p"], "weight_decay": 1e-6},
               {"params": [p for name, p in named if name == "pool.p"], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, fused=cuda)
