@@ -1,70 +1,66 @@
-"""Images in: the data sets, the evaluation transform, and the coupled augmentation of the student (Sec. 3.3).
+"""Images in: data sets, the evaluation transform, the coupled augmentation of the student (Sec. 3.3).
 
-    python data.py cub --root DIR       # download, verify, unpack: cub or sop; for cars it says where the copies are
+    python data.py cub --root DIR    # download, verify, unpack: cub or sop; for cars it says where copies are
 
-Worker processes decode images and do nothing else (Decoder). Crop, flip, colour, mixup and normalisation run on the
-training device, at every size from one draw (Views): uint8 images (3,H,W) become floats (B,A,3,size,size).
+Workers decode images and do nothing else. Crop, flip, colour, mixup and normalisation run on the training
+device, at every size from one draw: uint8 images (3,H,W) become floats (B,A,3,size,size).
 """
 import argparse
-import csv
 import functools
 import os
 import re
 import signal
 import sys
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import distributed
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-DOWNLOADS = {                                               # URL, md5
-    "cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-            "97eceeb196236b17998738112f37df78"),
-    "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip", "7f73d41a2f44250d4779881525aea32e")}
+DOWNLOADS = {"cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                     "97eceeb196236b17998738112f37df78"),  # md5
+             "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+                     "7f73d41a2f44250d4779881525aea32e")}
 COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},
           "sop": {"train": 59551, "test": 60502}}
-LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}      # class ids up to it train, those above it test
-TOP = {"cub": "CUB_200_2011", "cars": "", "sop": "Stanford_Online_Products"}    # the archive's own folder
-LAYOUTS = {"cub": "images.txt and images/<class>/<file>.jpg (CUB_200_2011.tgz)",
-           "cars": "cars_annos.mat and car_ims/<file>.jpg, or anno_train.csv, anno_test.csv, names.csv and "
-                   "car_data/car_data/{train,test}/<class name>/<file>.jpg",
-           "sop": "Ebay_train.txt, Ebay_test.txt and <super class>_final/<file>.JPG (Stanford_Online_Products.zip)"}
-
-
-# ------------------------------------------------------------------------------- programs and their processes
-
-PROCESSES = {"rank": 0, "count": 1}     # of a program under torchrun; who imports these functions is always alone
+LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}  # class ids up to it train, those above it test
+LAYOUTS = {"cub": "images.txt, images/<class>/*.jpg", "sop": "Ebay_train.txt, Ebay_test.txt, *_final/*.JPG",
+           "cars": "cars_annos.mat, car_ims/*.jpg (or anno_train.csv, anno_test.csv, names.csv, "
+                   "car_data/car_data/{train,test}/<class name>/*.jpg)"}
+BLOCK = 200  # images of an epoch, in order, that are each other's partners in mixup
+RATIO = (3 / 4, 4 / 3)  # of a crop's sides
+COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # least, most brightness, contrast, saturation, hue
+PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
 
 
 def run_command(main):
-    """Run a program's `main`: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
+    """Run a program: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
     PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
     if PROCESSES["rank"]:
-        sys.stdout = open(os.devnull, "w")                  # process 0 speaks for all
-    say, code = "", 0
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     try:
         main()
     except KeyboardInterrupt as stop:
-        say, code = f"\n{stop or 'interrupted'}", 130
+        code, say = 130, f"\n{str(stop) or 'interrupted'}"
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]        # after a worker's traceback
-        say, code = f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}", 2
-    if code and (PROCESSES["rank"] == 0 or distributed.is_initialized()):     # until they meet, all say the same
+        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
+        code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
+    else:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        return
+    if PROCESSES["rank"] == 0 or code == 2 and distributed.is_initialized():  # before, all say the same
         print(say, file=sys.stderr, flush=True)
-    if code:
-        sys.exit(code)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    sys.exit(code)
 
 
 def warn(sentence):
@@ -74,7 +70,7 @@ def warn(sentence):
 
 
 def add_up(*tensors):
-    """Sum each tensor over the processes of a program, in place: the same sum in all. One process has nothing to do."""
+    """Sum each tensor over the processes of a program, in place: the same sum in all."""
     if PROCESSES["count"] == 1:
         return
     try:
@@ -86,29 +82,23 @@ def add_up(*tensors):
         raise ConnectionError("another process of this program has ended, and so does this one") from error
 
 
-# ------------------------------------------------------------------------------------------------- one image
-
 def read_image(path, most=None):
-    """An RGB PIL image as a viewer shows it: upright by its EXIF tag, and as `as_rgb` has it.
-
-    An image of more than `most` pixels is shrunk to them, a JPEG partly while it is decoded.
-    Raises ValueError that names the file for whatever cannot be decoded, decompression bombs included.
-    """
+    """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                if most and file.width * file.height > most:
-                    shrink = (most / (file.width * file.height)) ** 0.5
+                shrink = (most / (file.width * file.height)) ** 0.5 if most else 1
+                if shrink < 1:  # a JPEG partly while it is decoded
                     file.thumbnail((file.width * shrink, file.height * shrink), Image.LANCZOS)
                 return as_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:                                                  # Pillow raises a dozen kinds
-        raise ValueError(f"{path} cannot be read as an image ({error or type(error).__name__})") from error
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
 
 def as_rgb(image):
     """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
-    if image.mode.startswith("I") or image.mode == "F":                         # 16-bit grey, under its several names
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, under its several names
         grey = np.asarray(image, dtype=np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -118,7 +108,7 @@ def as_rgb(image):
 
 
 def evaluation_crop(image, size):
-    """Both sides times size*8/7 over the shorter one, rounded (Lanczos), then the centre: a PIL image of size x size."""
+    """Both sides times size*8/7 over the shorter one, rounded (Lanczos); the centre of that, size x size."""
     scale = size * 8 / 7 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
     return TF.center_crop(image, [size, size])
@@ -126,26 +116,15 @@ def evaluation_crop(image, size):
 
 def evaluation_transform(size):
     """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
-    return lambda image: normalize(_pixels(evaluation_crop(as_rgb(image), size)).float() / 255)
-
-
-def _pixels(image):
-    """PIL RGB image -> (3,H,W) uint8, a view of the (H,W,3) array."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)).float() / 255)
 
 
 def normalize(images):
-    """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place, on the same device."""
-    mean, std = _statistics(images.device)
-    return images.sub_(mean).div_(std)
+    """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place."""
+    for channel, mean, std in zip(images.unbind(-3), MEAN, STD):
+        channel.sub_(mean).div_(std)
+    return images
 
-
-@functools.cache
-def _statistics(device):
-    return [torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
-
-
-# ------------------------------------------------------------------------------------------------- data sets
 
 class ImageSet:
     """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where drawn), `len`."""
@@ -159,43 +138,48 @@ class ImageSet:
         """Image i, PIL RGB, shrunk to `most` pixels if it has more."""
         return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
 
+    def __getitem__(self, key):  # what a worker makes of a Decoder's key
+        i, size, most, lenient = key
+        try:
+            image = self.image(i, None if size else most)
+            return TF.pil_to_tensor(evaluation_crop(image, size) if size else image)
+        except ValueError:
+            if not lenient:
+                raise
+
 
 def load_dataset(name, root=None, split="train", check=True):
-    """An ImageSet of "cub", "cars", "sop" (in any case), "synthetic", or of class folders in `root`, or `name`.
+    """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
 
-    split   "train", "test" (other classes), or a division of the training classes for tuning: "fit" (first half
-            of the class ids) and "val" (second half)
-    check   hold the number of images of a named set to the published one
-    Raises FileNotFoundError with the layout expected where there is none, ValueError where files are damaged.
+    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: all images
+    are there. Raises FileNotFoundError with the layout expected, ValueError for damaged annotations.
     """
     if split not in ("train", "test", "fit", "val"):
         raise ValueError(f"unknown split {split!r}: choose from train, test, fit, val")
-    part, known = "test" if split == "test" else "train", name.lower()
+    known, part = name.lower(), "test" if split == "test" else "train"
     if known == "synthetic":
-        images, labels = synthetic(part)
-        rows = _half(labels, split)
-        return ImageSet([labels[i] for i in rows], images=images[rows])
-    listed = _named(known, root) if known in COUNTS else _folder(root or name)
-    classes = sorted({label for _, label in listed})
-    last = LAST_TRAINING.get(known, classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1)
-    listed = [(path, label) for path, label in listed if (label > last) == (part == "test")]
-    missing = [path for path, _ in listed if not os.path.isfile(path)]
+        rows = list(zip(*synthetic(part)))  # of images, or else paths, and classes
+    elif known in COUNTS:
+        rows = _half(_published(known, root), part == "test", LAST_TRAINING[known])
+    else:
+        rows = _half(_class_folders(root or name), part == "test")
+    missing = [path for path, _ in rows if known != "synthetic" and not os.path.isfile(path)]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(listed)} images of {name} are missing in {root}, first "
-                                + ", ".join(missing[:3]))
-    expected = COUNTS[known][part] if known in COUNTS and check else len(listed)
-    if len(listed) != expected:
-        raise ValueError(f"{name} lists {len(listed)} images in {root}, {expected} are expected: the annotations are "
-                         "not whole")
-    if not listed:
-        raise FileNotFoundError(f"no {part} images in {root or name}: a folder with one sub-folder of images per "
-                                f"class, at least 2, is expected (or one of {', '.join(COUNTS)}, synthetic)")
-    rows = _half([label for _, label in listed], split)
-    return ImageSet([listed[i][1] for i in rows], [listed[i][0] for i in rows])
+        raise FileNotFoundError(f"{len(missing)} of the {len(rows)} images of {name} are missing in {root}, "
+                                f"first {', '.join(missing[:3])}")
+    if known in COUNTS and check and len(rows) != COUNTS[known][part]:
+        raise ValueError(f"{name} lists {len(rows)} images in {root}, {COUNTS[known][part]} are expected")
+    if split != part:
+        rows = _half(rows, split == "val")
+    if not rows:
+        raise FileNotFoundError(f"no {split} images in {root or name}: one sub-folder of images per class, "
+                                f"at least 2, is expected (or the name {', '.join(COUNTS)} or synthetic)")
+    images, labels = map(list, zip(*rows))
+    return ImageSet(labels, **{"images" if known == "synthetic" else "paths": images})
 
 
 def settle_dataset(name, root, inherited):
-    """(name, absolute root) of what options name: a known set in lower case, or "folder"; else `inherited`'s."""
+    """(name, absolute root): a known set in lower case or "folder"; what is not said is as in `inherited`."""
     known = name and (name.lower() if name.lower() in (*COUNTS, "synthetic") else "folder")
     if known == "folder":
         root = root or name
@@ -204,187 +188,146 @@ def settle_dataset(name, root, inherited):
     return known, root and os.path.abspath(root)
 
 
-def _half(labels, split):
-    """Rows of the classes in a split of the training classes."""
-    classes = sorted(set(labels))
-    middle = classes[(len(classes) - 1) // 2]
-    return [i for i, label in enumerate(labels) if {"fit": label <= middle, "val": label > middle}.get(split, True)]
+def _half(rows, second, last=None):
+    """Rows (image, class) of classes above `last`, by default the middle one, if `second`, else the rest."""
+    if last is None:
+        classes = sorted({label for _, label in rows})
+        last = classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1
+    return [(image, label) for image, label in rows if (label > last) == second]
 
 
-def _named(name, root):
-    """[(path, class id)] of a published set in `root`, or in the archive's own folder there."""
+def _published(name, root):
+    """Rows (path, class) of a published set in `root`, or in the archive's own folder there."""
     if not root:
-        raise FileNotFoundError(f"{name} needs its folder, --root, which holds {LAYOUTS[name]}")
-    for place in (root, os.path.join(root, TOP[name])):
-        if any(os.path.isfile(os.path.join(place, file))
-               for file in ("images.txt", "Ebay_train.txt", "cars_annos.mat", "anno_train.csv")):
-            try:
-                return {"cub": _cub, "cars": _cars, "sop": _sop}[name](place)
-            except (ValueError, TypeError, KeyError, IndexError) as error:     # what a damaged file leads to
-                raise ValueError(f"the annotations of {name} in {place} cannot be read ({error})") from error
+        raise FileNotFoundError(f"{name} needs its folder, which holds {LAYOUTS[name]}: give --root")
+    for top in ("", "CUB_200_2011", "Stanford_Online_Products"):
+        place = os.path.join(root, top)
+        try:
+            return [(os.path.join(place, path), int(np.uint16(label))) for path, label in _rows(name, place)]
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except ImportError as error:
+            raise ImportError("cars_annos.mat needs scipy, the csv copy not: pip install scipy") from error
+        except Exception as error:  # a damaged file leads to a dozen kinds
+            reason = f"the annotations of {name} in {place} cannot be read ({error!r:.200})"
+            raise ValueError(reason) from error
     raise FileNotFoundError(f"no {name} in {root}: {LAYOUTS[name]} is expected")
 
 
-def _lines(*path):
-    with open(os.path.join(*path), encoding="utf-8", errors="replace") as file:
-        return [line.strip() for line in file if line.strip()]
+def _rows(name, root):
+    """(path below `root`, class) of every image of a published set, as its annotation files say."""
+    def lines(file):
+        with open(os.path.join(root, file), encoding="utf-8-sig", errors="replace") as text:
+            return [line.strip() for line in text if line.strip()]
+
+    if name == "cub":  # 1 001.Black_footed_Albatross/x.jpg
+        paths = [line.split(maxsplit=1)[1] for line in lines("images.txt")]
+        return [(os.path.join("images", path), path.split(".")[0]) for path in paths]
+    if name == "sop":  # image_id class_id super_class_id path, after a header
+        lists = lines("Ebay_train.txt")[1:] + lines("Ebay_test.txt")[1:]
+        return [(path, label) for _, label, _, path in (line.split(maxsplit=3) for line in lists)]
+    if os.path.isfile(os.path.join(root, "anno_train.csv")):  # file,x1,y1,x2,y2,class
+        names = {str(i): line.strip('"').replace("/", "-") for i, line in enumerate(lines("names.csv"), 1)}
+        rows = [(part, *line.split(",")) for part in ("train", "test") for line in lines(f"anno_{part}.csv")]
+        return [(f"car_data/car_data/{part}/{names[label]}/{file}", label) for part, file, *_, label in rows]
+    with open(os.path.join(root, "cars_annos.mat"), "rb") as file:
+        from scipy.io import loadmat  # optional
+        rows = loadmat(file, squeeze_me=True)["annotations"]
+    return [(str(row["relative_im_path"]), row["class"]) for row in rows]
 
 
-def _class(text):
-    if not re.fullmatch(r"[0-9]{1,9}", str(text).strip()):
-        raise ValueError(f"{str(text)[:60]!r} is not a class number")
-    return int(text)
-
-
-def _cub(root):
-    paths = [line.split(maxsplit=1)[1] for line in _lines(root, "images.txt")]  # "1 001.Black_footed_Albatross/x.jpg"
-    return [(os.path.join(root, "images", path), _class(path.split(".")[0])) for path in paths]
-
-
-def _sop(root):
-    rows = [line.split(maxsplit=3) for part in ("train", "test")               # "image_id class_id super_class_id path"
-            for line in _lines(root, f"Ebay_{part}.txt")[1:]]                   # after a header of that
-    return [(os.path.join(root, path), _class(label)) for _, label, _, path in rows]
-
-
-def _cars(root):
-    """The published layout (scipy needed), or the copy with csv files: file, x1, y1, x2, y2, class, no header."""
-    if os.path.isfile(os.path.join(root, "anno_train.csv")):
-        names = [line.strip('"').replace("/", "-") for line in _lines(root, "names.csv")]
-        rows = [(part, *row) for part in ("train", "test") for row in csv.reader(_lines(root, f"anno_{part}.csv"))]
-        if not all(1 <= _class(row[-1]) <= len(names) for row in rows):
-            raise ValueError(f"names.csv has {len(names)} classes only")
-        return [(os.path.join(root, "car_data", "car_data", part, names[int(label) - 1], file), int(label))
-                for part, file, *_, label in rows]
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError("cars_annos.mat needs scipy: pip install scipy (the csv copy does not)") from error
-    try:
-        rows = loadmat(os.path.join(root, "cars_annos.mat"), squeeze_me=True)["annotations"]
-    except Exception as error:                              # what a damaged .mat raises is scipy's affair
-        raise ValueError(f"cars_annos.mat: {error}") from error
-    return [(os.path.join(root, str(row["relative_im_path"])), _class(row["class"])) for row in rows]
-
-
-def _folder(root):
-    """Class folders in order of name; the image files directly in them."""
+def _class_folders(root):
+    """Rows (path, class) of the images directly in the sub-folders, in order of name."""
     folders = [os.path.join(root, name) for name in sorted(os.listdir(root))] if os.path.isdir(root) else []
-    return [(path, label) for label, folder in enumerate(folders) for path in list_images(folder, 1)]
+    return [(path, i) for i, folder in enumerate(folders) for path in list_images(folder, deep=False)]
 
 
-def list_images(root, depth=None):
+def list_images(root, deep=True):
     """Image files under a folder, sorted; links to folders are not followed, so a loop cannot hang."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(folders) if depth is None else []
+        folders[:] = sorted(folders) if deep else []
         found += [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(SUFFIXES)]
     return found
 
 
-# ------------------------------------------------------------------------------------------ the embedded data set
-
 @functools.lru_cache
 def synthetic(part, seed=0):
-    """Eggs on litter, drawn from a seed: ((N,80,80,3) uint8, labels), 120 classes x 8 to train, 60 others x 16 to test.
+    """Drawn eggs: (N,80,80,3) uint8 and N labels, 120 classes x 8 ("train") or 60 others x 16 ("test").
 
-    A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while at 32 px the
-    finer ones are near the limit of what pixels can hold. Colour (6 families) tells little. Images vary in pose, scale,
-    side, light, contrast, blotches and background.
+    A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while 32
+    hardly hold the finer ones. Colour, of 6 families, tells little.
     """
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)      # R3: well spread
-    periods = uniform(0.12, 0.15, 180, 3)                                       # of half the side of the image
-    families = uniform(0.05, 0.95, 6, 2, 3)                                     # light and dark colour of each
-    classes = range(120) if part == "train" else range(120, 180)
-    draw.manual_seed(seed + 1 + len(classes))
-    labels = [c for c in classes for _ in range(8 if part == "train" else 16)]
-    images = np.concatenate([_eggs(torch.tensor(labels[i:i + 60]), angles, periods, families, uniform)
-                             for i in range(0, len(labels), 60)])
-    return images, labels
+    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
+    periods = uniform(0.12, 0.15, 180, 3)  # of half the side of the image
+    families = uniform(0.05, 0.95, 6, 2, 3)  # dark and light colour of each
+    first, classes, each = (0, 120, 8) if part == "train" else (120, 60, 16)
+    labels = torch.arange(first, first + classes).repeat_interleave(each)
+    draw.manual_seed(seed + 1 + classes)
+    images = [_eggs(angles[some], periods[some], families[some % 6], uniform) for some in labels.split(60)]
+    return np.concatenate(images), labels.tolist()
 
 
-def _eggs(labels, angles, periods, families, uniform):
-    n, axis = len(labels), (torch.arange(160) + 0.5) / 80 - 1                   # drawn at twice the size, then halved
-    halved = lambda field: F.avg_pool2d(field, 2)[:, None]                      # (n, 160, 160) -> (n, 1, 80, 80)
-    clouds = lambda *sides: sum(F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
-                                for side in sides) / len(sides)
+def _eggs(angles, periods, colours, uniform):
+    """Images (n,80,80,3) of stripes (n,3) in two colours (n,2,3), in random pose and light."""
+    n, axis = len(angles), (torch.arange(160) + 0.5) / 80 - 1  # drawn at twice the size
     one = lambda low, high: uniform(low, high, n, 1, 1)
-    x, y = axis[None, None, :] - one(-0.12, 0.12), axis[None, :, None] - one(-0.12, 0.12)
+    noise = lambda side: F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
+    halved = lambda field: F.avg_pool2d(field, 2)[:, None]  # (n, 160, 160) -> (n, 1, 80, 80)
+    x, y = axis - one(-0.12, 0.12), axis[:, None] - one(-0.12, 0.12)
     tilt, scale, side = one(-0.015, 0.015), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
-    x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale  # (n, 160, 160)
-    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()                 # 1 on the outline
+    x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale
+    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # (n, 160, 160), 1 on the outline
     stripes = torch.zeros_like(radius)
-    for field, edge in enumerate((1.0, 0.72, 0.42)):                            # shell, white, yolk: each over the last
-        angle, period = (t[labels, field][:, None, None] for t in (angles, periods))
+    for field, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each over the last
+        angle, period = angles[:, field, None, None], periods[:, field, None, None]
         phase = (x * angle.cos() + y * angle.sin()) / period + one(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
-    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)                             # from soft to bold
-    colour = (families[labels % 6] + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[:, :, :, None, None]
-    egg = torch.lerp(0.45 * colour[:, 0], 0.45 + 0.55 * colour[:, 1], halved(stripes))
-    egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2) + 0.4 * clouds(5, 11) - 0.2
-    litter = clouds(5, 11, 40)
+    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)  # from soft to bold
+    dark, light = (colours + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[..., None, None].unbind(1)
+    egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, halved(stripes))
+    shade = (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2)
+    egg = egg * shade + 0.4 * ((noise(5) + noise(11)) / 2) - 0.2
+    litter = (noise(5) + noise(11) + noise(40)) / 3
     litter = 0.15 + 0.7 * torch.lerp(litter, litter.mean(1, keepdim=True), 0.4)
     scene = torch.lerp(litter, egg, halved(((1 - radius) * 40).sigmoid())) * uniform(0.75, 1.2, n, 1, 1, 1)
     scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
-# ------------------------------------------------------------------------------------------------- decoding
-
 class Decoder:
-    """Worker processes that decode images: `decoder(keys)` iterates over uint8 (3,H,W), one a key, in order.
+    """Worker processes, as long as it lives: `decoder(keys)` iterates over uint8 images (3,H,W), one a key.
 
-    A key is (i, size): image i of the data set, its evaluation crop of `size` px or, where size is 0, the whole
-    image, shrunk to `most` pixels. The workers live as long as the Decoder. lenient: None comes for what cannot
-    be read.
+    A key is (i, size): image i of the ImageSet, its evaluation crop of `size` px or, where it is 0, the whole
+    of it, shrunk to `most` pixels. lenient: None for what cannot be read.
     """
     def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
-        self.keys = []
-        self.loader = DataLoader(_Decoded(dataset, most, lenient), batch_size=None, sampler=self.keys,
-                                 num_workers=workers, persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
+        self.keys, self.how = [], (most, lenient)
+        self.loader = DataLoader(dataset, batch_size=None, sampler=self.keys, num_workers=workers,
+                                 persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
                                  pin_memory=torch.device(device).type == "cuda",
-                                 generator=torch.Generator())           # it would draw from the global one
+                                 generator=torch.Generator())  # it would draw from the global one
 
     def __call__(self, keys):
-        self.keys[:] = keys
+        self.keys[:] = [(*key, *self.how) for key in keys]
         return iter(self.loader)
 
 
-class _Decoded(Dataset):
-    def __init__(self, dataset, most, lenient):
-        self.dataset, self.most, self.lenient = dataset, most, lenient
-
-    def __getitem__(self, key):
-        try:
-            image = self.dataset.image(key[0], None if key[1] else self.most)
-            return _pixels(evaluation_crop(image, key[1]) if key[1] else image)
-        except ValueError:
-            if not self.lenient:
-                raise
-
-
 def _ignore_ctrl_c(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # it is the main process's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
 
 
 def evaluation_batches(decoder, rows, parts, size, device):
-    """For each slice of the image numbers `rows`: the places of those that can be read, and them, (b,3,size,size)."""
+    """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
     decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
     for part in parts:
-        readable = {i: image for i, image in zip(range(part.start, part.stop), decoded) if image is not None}
-        if readable:
-            images = torch.stack(list(readable.values())).to(device, non_blocking=True)
-            yield list(readable), normalize(images.float().div_(255))
-
-
-# ------------------------------------------------------------------------------- coupled augmentation (Sec. 3.3)
-
-BLOCK = 200                             # images of an epoch, in order, that are each other's partners in mixup
-RATIO = (3 / 4, 4 / 3)                  # of a crop's sides
-COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))     # brightness, contrast, saturation, hue: least, most
+        found = [(i, image) for i, image in zip(range(part.start, part.stop), decoded) if image is not None]
+        if found:
+            places, images = zip(*found)
+            yield list(places), normalize(torch.stack(images).to(device, non_blocking=True).float().div_(255))
 
 
 def seeded(*numbers, device="cpu"):
@@ -393,209 +336,199 @@ def seeded(*numbers, device="cpu"):
     return torch.Generator(device).manual_seed(int(seed >> 1))
 
 
-class Draws(NamedTuple):
-    """What is random in V views, drawn once for all sizes. A view's image is a place in the epoch's order."""
-    image: np.ndarray                   # (V,)
-    partner: np.ndarray                 # (V,) the other image of mixup, of the same block
-    crop: np.ndarray                    # (V, 10, 4) in [0,1): area, ratio, top and left of ten attempts
-    flip: np.ndarray                    # (V,) bool
-    factors: np.ndarray                 # (V, 4) of the colour operations
-    order: np.ndarray                   # (V, 4) in which they are applied
-    weight: np.ndarray                  # (V,) lambda ~ Beta(0.2, 0.2), of the image itself
+Draws = namedtuple("Draws", "image partner crop flip factors order weight")
 
 
 def draw_views(count, copies, *seed):
-    """The Draws of an epoch: `copies` views of each of `count` images, block by block, by the seed and nothing else."""
+    """What is random in an epoch's V views, `copies` of each of `count` images, whatever their size."""
     blocks = []
     for start in range(0, count, BLOCK):
         n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
         own = np.arange(n).repeat(copies)
-        partner = (own + 1 + random.integers(max(1, n - 1), size=len(own))) % n             # not the image itself
-        blocks.append((start + own, start + partner, random.random((len(own), 10, 4)), random.random(len(own)) < 0.5,
-                       random.uniform(*COLOURS, (len(own), 4)),
-                       random.permuted(np.tile(np.arange(4), (len(own), 1)), axis=1),
-                       random.beta(0.2, 0.2, len(own))))
+        V = len(own)
+        blocks.append(Draws(
+            image=start + own,  # (V,) place in the epoch's order
+            partner=start + (own + 1 + random.integers(max(1, n - 1), size=V)) % n,  # another of the block
+            crop=random.random((V, 10, 4)),  # area, ratio, top and left of ten attempts
+            flip=random.random(V) < 0.5,
+            factors=random.uniform(*COLOURS, (V, 4)),  # of the colour operations
+            order=random.permuted(np.tile(np.arange(4), (V, 1)), axis=1),  # in which they are applied
+            weight=random.beta(0.2, 0.2, V)))  # of the image itself in mixup
     return Draws(*map(np.concatenate, zip(*blocks)))
 
 
 def crop_boxes(crop, height, width, least):
-    """RandomResizedCrop's boxes (V,4), top, left, height, width, for draws (V,10,4) in frames (V,) by (V,).
+    """RandomResizedCrop's boxes (V,4), top, left, height, width, by draws (V,10,4) in frames (V,) by (V,).
 
-    The area is `least` to 1 of the frame. The first attempt that fits counts; if none does, the largest centred box.
+    The area is `least` to 1 of the frame. The first attempt that fits counts, else the largest centred box.
     """
-    height, width, row = height[:, None], width[:, None], np.arange(len(crop))              # (V, 1)
-    area = height * width * (least + (1 - least) * crop[..., 0])                            # (V, 10)
+    height, width, row = height[:, None], width[:, None], np.arange(len(crop))  # (V, 1)
+    area = height * width * (least + (1 - least) * crop[..., 0])  # (V, 10)
     ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** crop[..., 1]
-    w = np.hstack([np.rint(np.sqrt(area * ratio)), np.minimum(width, np.rint(height * RATIO[1]))])     # (V, 11)
+    w = np.hstack([np.rint(np.sqrt(area * ratio)), np.minimum(width, np.rint(height * RATIO[1]))])  # (V, 11)
     h = np.hstack([np.rint(np.sqrt(area / ratio)), np.minimum(height, np.rint(width / RATIO[0]))])
     first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(1)
-    room = np.stack([height - h, width - w], axis=2)[row, first] + 1                        # (V, 2)
+    room = np.stack([height - h, width - w], axis=2)[row, first] + 1  # (V, 2)
     corner = np.append(crop[..., 2:], np.full((len(row), 1, 2), 0.5), axis=1)[row, first] * room
     return np.column_stack([corner, h[row, first], w[row, first]]).astype(np.int64)
 
 
 def crop_one_by_one(images, boxes, flip, size):
-    """V images uint8 (3,H,W), boxes (V,4), flip (V,) -> (V,3,size,size) float in [0,255]: the fast way on a CPU."""
+    """V uint8 images (3,H,W), boxes (V,4), flip (V,) -> (V,3,size,size) float in [0,255]: fast on a CPU."""
     crops = torch.stack([TF.resized_crop(image, *box, [size, size], antialias=True)
                          for image, box in zip(images, boxes.tolist())])
-    flip = torch.from_numpy(flip)
     crops[flip] = crops[flip].flip(-1)
     return crops.float()
 
 
 def crop_by_products(images, boxes, flip, size, kind=torch.float32):
-    """The same as two batched products, rows @ image @ columns^T, for a GPU; not rounded to whole grey levels.
-
-    `kind` is the type of the products: half precision holds 0..255 exactly and weights to 2^-11.
-    """
-    device, H, W = images[0].device, max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    stack = torch.zeros(len(images), 3, H, W, dtype=torch.uint8, device=device)
+    """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
+    H, W = (max(image.shape[side] for image in images) for side in (1, 2))
+    stack = images[0].new_zeros(len(images), 3, H, W)
     for room, image in zip(stack, images):
         room[:, :image.shape[1], :image.shape[2]] = image
-    top, left, height, width = torch.from_numpy(boxes).to(device, torch.float32, non_blocking=True).unbind(1)
-    flip = torch.from_numpy(flip).to(device, non_blocking=True)
-    rows = _resampling(top, height, size, H, torch.zeros_like(flip))[:, None].to(kind)      # (V, 1, s, H)
-    columns = _resampling(left, width, size, W, flip)[:, None].to(kind)                     # (V, 1, s, W)
-    return (rows @ stack.to(kind) @ columns.mT).float()     # (V,1,s,H) @ (V,3,H,W) @ (V,1,W,s) -> (V,3,s,s)
+    boxes = torch.from_numpy(boxes).to(stack.device, torch.float32, non_blocking=True)
+    flip = torch.from_numpy(flip).to(stack.device, non_blocking=True)
+    rows = _resampling(boxes[:, 0], boxes[:, 2], size, H)  # (V, s, H)
+    columns = _resampling(boxes[:, 1], boxes[:, 3], size, W)  # (V, s, W)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    return (rows[:, None].to(kind) @ stack.to(kind) @ columns[:, None].to(kind).mT).float()  # (V, 3, s, s)
 
 
-def _resampling(start, length, size, full, flip):
-    """Antialiased bilinear weights (V,size,full), from `full` pixels to the `size` of V crops; rows sum to 1."""
+def _resampling(start, length, size, full):
+    """Antialiased bilinear weights (V,size,full), from `full` pixels to `size` of a crop; rows sum to 1."""
     scale = (length / size)[:, None, None]
-    place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]            # (V, 1, full): in the crop
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale               # (V, size, 1)
-    centre = torch.where(flip[:, None, None], centre.flip(1), centre)
-    weights = (1 - (place - centre).abs() / scale.clamp(min=1)).clamp(min=0)                # a triangle
+    place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]  # (V, 1, full): in the crop
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (V, size, 1)
+    weights = (1 - (place - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # a triangle
     weights = weights * ((place > 0) & (place < length[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
 
 def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view with its own (V,4) numpy factors and order."""
-    for turn in range(4):
-        for operation in range(4):
-            rows = np.flatnonzero(order[:, turn] == operation)  # found in host memory: no device is waited for
-            if len(rows):
-                factor = torch.from_numpy(factors[rows, operation]).to(x, non_blocking=True)
-                rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
-                some = x.index_select(0, rows)
-                (_turn_hue if operation == 3 else _blend)(some, factor.view(-1, *[1] * (x.ndim - 1)), operation)
-                x.index_copy_(0, rows, some)
+    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view by its own (V,4) numpy factors, order."""
+    for turn, operation in np.ndindex(4, 4):
+        rows = np.flatnonzero(order[:, turn] == operation)  # found in host memory: no device is waited for
+        if len(rows):
+            factor = torch.from_numpy(factors[rows, operation]).to(x, non_blocking=True)
+            rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
+            some = x.index_select(0, rows)
+            _colour(some, factor.view(-1, *[1] * (x.ndim - 1)), operation)
+            x.index_copy_(0, rows, some)
     return x
 
 
-def _blend(x, factor, operation):
-    """Brightness (0), contrast (1) or saturation (2): away from black, the mean grey level, each pixel's own."""
+def _colour(x, factor, operation):
+    """Brightness (0), contrast (1), saturation (2) or hue (3) of (v,...,3,h,w), factor (v,...,1,1,1)."""
     red, green, blue = x.unbind(-3)
-    grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
-    other = [0 * factor, grey.mean((-2, -1), keepdim=True), grey][operation]
-    x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 1)
-
-
-def _turn_hue(x, factor, _):
-    """Turn the hue by `factor` of a circle; a channel is low + chroma * ramp(hue), so saturation is not divided out."""
-    red, green, blue = x.unbind(-3)
-    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    if operation < 3:
+        grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
+        other = [0 * factor, grey.mean((-2, -1), keepdim=True), grey][operation]
+        return x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 1)
+    low, high = x.amin(-3), x.amax(-3)
     chroma = high - low
-    hue = torch.where(red == high, green - blue, torch.where(green == high, (blue - red).add_(chroma, alpha=2),
-                                                             (red - green).add_(chroma, alpha=4)))
-    hue = hue.div_(chroma.clamp(min=1e-12)).add_(6 * factor.squeeze(-3))        # in sixths of the circle
+    hue = torch.where(green == high, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    hue = torch.where(red == high, green - blue, hue)
+    hue = hue.div_(chroma.clamp(min=1e-12)).add_(6 * factor.squeeze(-3))  # in sixths of the circle
     hue -= (hue / 6).floor_().mul_(6)
-    torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
-    for channel, centre in ((green, 2), (blue, 4)):
-        torch.addcmul(low, chroma, (hue - centre).abs_().neg_().add_(2).clamp_(0, 1), out=channel)
+    for channel, centre, sign, end in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
+        ramp = (hue - centre).abs_().mul_(sign).add_(end).clamp_(0, 1)
+        torch.addcmul(low, chroma, ramp, out=channel)
 
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
 
-    A view is one draw, the same at all `sizes`: a crop of `least` to all of the image's area, a flip and, if asked
-    for, jitter of the colours and mixup with another image of its block, put through the same draw. It depends on
-    seed, epoch and block alone, not on batches, workers or device (beyond rounding). Each image is decoded once an
-    epoch; two blocks of them are held. Iterating gives batches in random order, each time those of the next epoch.
+    A view is one draw, the same at all `sizes`: a crop of `least` to all of the area, a flip and, if asked,
+    jitter of the colours and mixup with another image of its block, put through the same draw. It depends on
+    seed, epoch and block only. Each image is decoded once an epoch, two blocks are held. Iterating
+    gives batches in random order, each time those of the next epoch.
     """
-    def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False, workers=0,
-                 device="cpu", seed=1234, decoder=None):
+    def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False,
+                 workers=0, device="cpu", seed=1234, decoder=None):
         self.sizes, self.copies, self.least, self.jitter, self.mixup = sizes, copies, least, jitter, mixup
         self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
         self.device = torch.device(device)
         self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
-        self.map = map
-        if self.device.type == "cpu":                           # small operations: a thread of its own for some views
-            self.map = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,)).map
+        pool = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,))
+        self.map = pool.map if self.device.type == "cpu" else map  # a thread for some views
 
     def __len__(self):
         return -(-self.length // self.batch_size)
 
     def __iter__(self):
-        number, self.next_epoch = self.next_epoch, self.next_epoch + 1
-        order, starts = torch.randperm(self.length, generator=seeded(self.seed, number)), range(0, self.length,
-                                                                                               self.batch_size)
-        return self.epoch(number, order, [slice(i, min(i + self.batch_size, self.length)) for i in starts])
+        number, self.next_epoch, n = self.next_epoch, self.next_epoch + 1, self.length
+        order = torch.randperm(n, generator=seeded(self.seed, number))
+        parts = [slice(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
+        return self.epoch(number, order, parts)
 
     def epoch(self, number, order, parts):
-        """Views of the images `order` (n,), an epoch's: of one slice of it after another of the ascending `parts`."""
+        """Views of an epoch's images, `order` (n,): of one slice of it after another, `parts`, ascending."""
         draws, A = draw_views(len(order), self.copies, self.seed, number), self.copies
-        block = BLOCK if self.mixup else 1                      # what has to be decoded around an image
-        blocks = dict.fromkeys(i // block for part in parts for i in range(part.start, part.stop))
-        places = [i for b in blocks for i in range(b * block, min((b + 1) * block, len(order)))]
-        decoded, images, places = self.decoder([(int(order[i]), 0) for i in places]), {}, iter(places)
+        block = BLOCK if self.mixup else 1  # what has to be decoded around an image
+        blocks = {i // block for part in parts for i in range(part.start, part.stop)}
+        places = [i for i in range(len(order)) if i // block in blocks]
+        images, decoded = {}, self.decoder([(int(order[i]), 0) for i in places])
         for part in parts:
-            ahead = part.stop + (BLOCK if self.mixup else 0)    # an even flow, not a block at a time
-            while max(images, default=-1) < ahead - 1 and (place := next(places, None)) is not None:
-                images[place] = next(decoded).to(self.device, non_blocking=True, copy=True)  # out of shared memory
+            while places and places[0] < part.stop + block - 1:  # an even flow, not a block at a time
+                images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
             some = Draws(*(field[part.start * A:part.stop * A] for field in draws))
             yield tuple(self._render(images, some, size).unflatten(0, (-1, A)) for size in self.sizes)
             images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
     def _render(self, images, draws, size):
         """Views (V,3,size,size), a few at a time: in a CPU's cache, or in bounded memory of a GPU."""
-        sources = np.stack([draws.image, draws.partner] if self.mixup else [draws.image], axis=1)       # (V, 1 or 2)
-        boxes = [crop_boxes(draws.crop, *np.array([images[i].shape[1:] for i in column]).T, self.least)
-                 for column in sources.T]
-        boxes, flip = np.stack(boxes, axis=1), draws.flip[:, None].repeat(sources.shape[1], 1)         # (V, 1 or 2, 4)
-        on_cpu, longest = self.device.type == "cpu", max(max(images[i].shape) for i in sources.flat)
-        count = max(1, 2 ** 16 // size ** 2 if on_cpu else 2 ** 26 // longest ** 2)
+        K = 1 + self.mixup
+        sources = np.stack([draws.image, draws.partner][:K], axis=1)  # (V, K)
+        frames = np.array([images[i].shape[1:] for i in sources.flat])  # (V*K, 2)
+        boxes = crop_boxes(draws.crop.repeat(K, axis=0), *frames.T, self.least).reshape(-1, K, 4)
+        crop, count = crop_one_by_one, 2 ** 16 // size ** 2
+        if self.device.type != "cpu":
+            crop = functools.partial(crop_by_products, kind=torch.float16)
+            count = 2 ** 26 // int(np.maximum(frames.max(0), size).prod())
 
         def render(rows):
-            crop = crop_one_by_one if on_cpu else functools.partial(crop_by_products, kind=torch.float16)
-            x = crop([images[i] for i in sources[rows].flat], boxes[rows].reshape(-1, 4), flip[rows].flatten(), size)
-            x = x.div_(255).unflatten(0, (-1, sources.shape[1]))                                # (v, 1 or 2, 3, s, s)
+            some = [images[i] for i in sources[rows].flat]
+            x = crop(some, boxes[rows].reshape(-1, 4), draws.flip[rows].repeat(K), size)
+            x = x.div_(255).unflatten(0, (-1, K))  # (v, K, 3, s, s)
             if self.jitter:
                 x = jitter(x, draws.factors[rows], draws.order[rows])
             if self.mixup:
-                weight = torch.from_numpy(draws.weight[rows]).to(x, non_blocking=True)
-                return normalize(torch.lerp(x[:, 1], x[:, 0], weight[:, None, None, None]))
+                weight = torch.from_numpy(draws.weight[rows]).to(x, non_blocking=True)[:, None, None, None]
+                return normalize(torch.lerp(x[:, 1], x[:, 0], weight))
             return normalize(x[:, 0])
-        return torch.cat(list(self.map(render, (slice(v, v + count) for v in range(0, len(sources), count)))))
+        few = [slice(v, v + max(1, count)) for v in range(0, len(sources), max(1, count))]
+        return torch.cat(list(self.map(render, few)))
 
 
 def most_pixels(size, least):
-    """From so many pixels on every crop of `least` of the area is shrunk to `size` px: more need not be held."""
+    """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more are no use."""
     return size ** 2 / (least * RATIO[0])
 
 
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
                         device="cpu", seed=1234, least=0.08):
-    """Coupled views for distillation: iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)), an epoch's. See Views."""
-    return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers, device, seed)
+    """Coupled views (see Views): iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)) of an epoch."""
+    sizes = student_size, teacher_size
+    return Views(dataset, sizes, copies, batch_size, least, True, mixup, workers, device, seed)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")
-    parser.add_argument("name", choices=("cub", "cars", "sop"))
+    parser.add_argument("name", choices=LAYOUTS)
     parser.add_argument("--root", required=True, help="folder to put it in")
     options = parser.parse_args(argv)
-    if options.name == "cars":
-        raise ValueError("cars has no download of its own any more: copies are on Kaggle (search for Stanford Cars "
-                         f"Dataset); --root is the folder that holds {LAYOUTS['cars']}")
+    if options.name not in DOWNLOADS:
+        raise ValueError("cars has no download of its own any more: copies are on Kaggle (Stanford Cars); "
+                         f"--root is the folder that holds {LAYOUTS['cars']}")
     url, md5 = DOWNLOADS[options.name]
     try:
         download_and_extract_archive(url, options.root, md5=md5)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{url} could not be downloaded whole ({error})") from error
     for split in ("train", "test"):
-        print(f"{options.name} {split}: {len(load_dataset(options.name, options.root, split))} images, all there")
+        count = len(load_dataset(options.name, options.root, split))
+        print(f"{options.name} {split}: {count} images, all there")
 
 
 if __name__ == "__main__":
