@@ -7,6 +7,7 @@ device, at every size from one draw: uint8 images (3,H,W) become floats (B,A,3,s
 """
 import argparse
 import functools
+import hashlib
 import os
 import re
 import signal
@@ -56,6 +57,7 @@ def run_command(main):
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
     else:
         if distributed.is_initialized():
+            add_up(torch.zeros(1))  # process 0 has its table still to make
             distributed.destroy_process_group()
         return
     if PROCESSES["rank"] == 0 or code == 2 and distributed.is_initialized():  # before, all say the same
@@ -78,6 +80,8 @@ def add_up(*tensors):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         for tensor in tensors:
             distributed.all_reduce(tensor)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ConnectionError("another process of this program has ended, and so does this one") from error
 
@@ -134,6 +138,11 @@ class ImageSet:
     def __len__(self):
         return len(self.labels)
 
+    def fingerprint(self):
+        """A few hex digits that name the images, by their last folder and file names, and labels."""
+        names = [path.split(os.sep)[-2:] for path in self.paths or []]
+        return hashlib.sha256(repr((names, self.labels)).encode()).hexdigest()[:16]
+
     def image(self, i, most=None):
         """Image i, PIL RGB, shrunk to `most` pixels if it has more."""
         return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
@@ -151,8 +160,8 @@ class ImageSet:
 def load_dataset(name, root=None, split="train", check=True):
     """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
 
-    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: all images
-    are there. Raises FileNotFoundError with the layout expected, ValueError for damaged annotations.
+    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: there are
+    as many images as published. Raises FileNotFoundError with the layout expected, ValueError for damage.
     """
     if split not in ("train", "test", "fit", "val"):
         raise ValueError(f"unknown split {split!r}: choose from train, test, fit, val")
@@ -176,6 +185,11 @@ def load_dataset(name, root=None, split="train", check=True):
                                 f"at least 2, is expected (or the name {', '.join(COUNTS)} or synthetic)")
     images, labels = map(list, zip(*rows))
     return ImageSet(labels, **{"images" if known == "synthetic" else "paths": images})
+
+
+def default_workers():
+    """A worker process a core, shared among the processes that torchrun started on this machine."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def settle_dataset(name, root, inherited):
@@ -307,7 +321,7 @@ class Decoder:
     def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
         self.keys, self.how = [], (most, lenient)
         self.loader = DataLoader(dataset, batch_size=None, sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
+                                 persistent_workers=workers > 0, worker_init_fn=_ignore_signals,
                                  pin_memory=torch.device(device).type == "cuda",
                                  generator=torch.Generator())  # it would draw from the global one
 
@@ -316,14 +330,15 @@ class Decoder:
         return iter(self.loader)
 
 
-def _ignore_ctrl_c(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
+def _ignore_signals(_):
+    for number in (signal.SIGINT, signal.SIGTERM):  # to a whole group, they are the main process's affair
+        signal.signal(number, signal.SIG_IGN)
 
 
 def evaluation_batches(decoder, rows, parts, size, device):
     """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
     decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
-    for part in parts:
+    for part in parts:  # zip asks the range first, so that it takes no image too many
         found = [(i, image) for i, image in zip(range(part.start, part.stop), decoded) if image is not None]
         if found:
             places, images = zip(*found)

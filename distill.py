@@ -65,9 +65,9 @@ def distill(teacher, options):
     order = lambda epoch: torch.randperm(len(dataset), generator=seeded(options.seed, epoch, 0))
 
     def losses(rows, x, y):  # (B, A, 3, s, s), (B, A, 3, t, t)
-        s = embed(student, x, precision)  # (B, A, D)
         with torch.no_grad():
             t = targets[rows][:, None] if options.regression else embed(teacher, y, precision)  # (B, A, D)
+        s = embed(student, x, precision)  # (B, A, D)
         values = absolute_term(s, t), options.lambda_ts * ts_term(s, t), options.lambda_ss * ss_term(s, t)
         return torch.stack(values[:len(terms)])
     return fit(student, lambda epoch: order(epoch)[:options.images], batches, losses, terms, options)
@@ -112,7 +112,7 @@ def main(argv=None):
     options, teacher = parse(argv)
     baselines = []
     if not teacher:
-        options.teacher_weights = "its own"
+        options.teacher_weights = "its own"  # not trained yet; the same options train the same one
         options.out = options.out or free_folder(options, f"{options.teacher_size}to{options.student_size}")
         teacher = with_labels(options, options.teacher_size, "teacher")
         baselines = [with_labels(options, options.student_size, "baseline")]

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
-from data import (PROCESSES, Decoder, ImageSet, add_up, evaluation_batches, evaluation_crop, list_images,
-                  load_dataset, run_command, settle_dataset, warn)
+from data import (PROCESSES, Decoder, ImageSet, add_up, default_workers, evaluation_batches, evaluation_crop,
+                  list_images, load_dataset, run_command, settle_dataset, warn)
 
 
 def refuse(wrong, sentence):
@@ -274,7 +274,8 @@ def read_index(path, net):
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not an index that evaluate.py wrote") from error
     refuse(dim != net.dim, f"the student has {net.dim} dimensions, the index {path} has {dim}")
-    fits = network in (net.teacher or network, fingerprint(net))
+    unknown = not net.teacher and not net.options  # a student of the authors does not say who its teacher is
+    fits = unknown or network in (net.teacher, fingerprint(net))
     refuse(not fits, f"the index {path} was made by another network than the student's teacher")
     return embeddings, paths
 
@@ -287,9 +288,10 @@ def search(student, index, images, top=5, **how):
     return [(image, [(s, paths[row]) for s, row in zip(scores, rows)]) for image, scores, rows in found]
 
 
-def held_back(asked, dataset, *nets):
-    """Whether validation classes stand in for test classes: as asked for, or as the networks were trained."""
-    said = {bool(net.options.get("validation")) for net in nets if net.options.get("dataset") == dataset}
+def held_back(asked, dataset, root, *nets):
+    """Whether validation classes stand in for test classes: as asked, or as nets trained on this set were."""
+    own = [net.options for net in nets if net.options.get("dataset") == dataset]
+    said = {bool(o.get("validation")) for o in own if dataset != "folder" or o.get("root") == root}
     said |= {asked} - {None}
     refuse(len(said) > 1, "--validation: networks and command line do not agree on the training classes")
     return True in said
@@ -314,7 +316,7 @@ def parse(argv):
     add("--top", type=int, default=5, help="answers to a query (%(default)s)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32", help="of the backbone")
     add("--device", help="cuda or cpu; by default CUDA where there is one")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that load images (%(default)s)")
+    add("--workers", type=int, default=default_workers(), help="processes that load images (%(default)s)")
     options = parser.parse_args(argv)
     query, index, students = options.query, options.index, len(options.student)
     refuse(query and not (index and students == 1), "--query needs an --index FILE and one --student")
@@ -357,7 +359,7 @@ def compare(paths, nets, options, how):
             warn(f"{path} was distilled from another teacher than {paths[0]}")
     name, root = settle_dataset(options.dataset, options.root, teacher.options)
     refuse(not name, f"{paths[0]} does not say which data set it was trained on: give --dataset")
-    validation = held_back(options.validation, name, *nets)
+    validation = held_back(options.validation, name, root, *nets)
     dataset = load_dataset(name, root, "val" if validation else "test")
     rows, found = trade_off(teacher, students, dataset, nets[len(students) + 1:], ks=tuple(options.ks), **how)
     print_table(rows)

@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from asymres import EmbeddingNet, draw_negatives, is_batchnorm, read_checkpoint, save_checkpoint, triplet_loss
-from data import PROCESSES, Views, add_up, load_dataset, run_command, seeded, settle_dataset
+from data import PROCESSES, Views, add_up, default_workers, load_dataset, run_command, seeded, settle_dataset
 from evaluate import embed, extract, find_device, held_back, print_table, set_precision, trade_off
 
 # The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
@@ -79,12 +79,12 @@ def settle(options, role, inherited=None, *networks):
         raise ValueError("the teacher's file does not say what it was trained on: --dataset is missing")
     recipe = RECIPES[role][options.dataset]
     known = {name: value for name, value in inherited.items() if value is not None and name != "root"}
-    defaults = {"workers": 0 if options.dataset == "synthetic" else os.cpu_count(), **recipe, **known}
+    defaults = {"workers": 0 if options.dataset == "synthetic" else default_workers(), **recipe, **known}
     for name, value in vars(options).items():
         setattr(options, name, defaults.get(name) if value is None else value)
     device = find_device(options.device)
     options.device, options.precision = str(device), set_precision(options.precision, device)
-    options.validation = held_back(options.validation, options.dataset, *networks)
+    options.validation = held_back(options.validation, options.dataset, options.root, *networks)
     for name in recipe.keys() - {"arch", "weights", "dim", "lambda_ts", "lambda_ss"}:
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(options, name)}")
@@ -92,6 +92,11 @@ def settle(options, role, inherited=None, *networks):
         raise ValueError(f"--crop is a share of the image, at most 1, not {options.crop}")
     if min(options.dim, options.workers) < 0:
         raise ValueError("--dim and --workers cannot be negative")
+    if options.root and options.dataset == "synthetic":
+        raise ValueError("--root needs --dataset: which one is there?")
+    splits = ("fit", "val") if options.validation else ("train", "test")  # both whole, or no run
+    images, _ = (load_dataset(options.dataset, options.root, split) for split in splits)
+    options.trained_on = images.fingerprint()
     return options
 
 
@@ -175,7 +180,7 @@ def fit(net, rows_for, batches, losses, names, options):
 
 def divide(rows, options):
     """An epoch's optimizer steps, each the slices of rows that this process passes through the network."""
-    def cut(start, stop, size):  # a lone last row joins the slice before it: batch-norm needs two
+    def cut(start, stop, size):  # 0, 9, 4 -> 0:4, 4:9: batch-norm needs two rows, so a lone one joins
         ends = [*range(start + size, stop - 1, size), stop]
         return list(map(slice, [start, *ends], ends))
     return [cut(step.start, step.stop, options.forward)[PROCESSES["rank"]::PROCESSES["count"]]
@@ -261,7 +266,7 @@ def running(options):
             import fcntl
             if PROCESSES["rank"] == 0:  # until the process ends, however it does; workers do not inherit it
                 fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"another program is at work in {options.out}: give another --out") from error
     if difference := other_options(options.out, options):
         raise ValueError(f"{options.out} belongs to another run: {difference}; give another --out")
@@ -301,7 +306,9 @@ def mine(net, dataset, decoder, epoch, options):
     own, others = e.to(device)[place].split([len(anchors), len(pool)])  # (R, D), (N, D)
     drawn = draw_negatives(own, others, labels[anchors].to(device), labels[pool].to(device), NEGATIVES,
                            generator=seeded(options.seed, epoch, 1, device=device))
-    return torch.cat([anchors[:, None], pool[drawn.cpu()]], dim=1)
+    rows = torch.cat([anchors[:, None], pool[drawn.cpu()]], dim=1)
+    add_up(rows.mul_(PROCESSES["rank"] == 0))  # another card may draw otherwise
+    return rows
 
 
 def train(options):
