@@ -89,20 +89,19 @@ def first_student(teacher, options):
     return student
 
 
-def with_labels(options, size, name):
-    """The teacher or the baseline of this run, trained by train.py's recipe in a folder of its own."""
-    shared = ["dataset", "root", "arch", "dim", "validation", "seed", "precision", "device", "workers"]
-    shared += ["weights"] * (options.weights != "teacher")
+def with_labels(options, size, epochs=None):
+    """train.py's options for the teacher, or for the baseline at the small size, of this run."""
+    shared = ["dataset", "root", "trained_on", "validation", "arch", "dim", "seed", "precision", "device"]
+    shared += ["workers"] + ["weights"] * (options.weights != "teacher")
     recipe = RECIPES["teacher"][options.dataset] | {key: getattr(options, key) for key in shared}
-    recipe |= {"pooling": "gem", "size": size, "out": os.path.join(options.out, name)}
-    if name == "baseline":
-        recipe["epochs"] = fair_epochs(options, recipe["images"])
-    return train(argparse.Namespace(**recipe))
+    recipe |= {"pooling": "gem", "size": size, "epochs": epochs or recipe["epochs"]}
+    return argparse.Namespace(**recipe)
 
 
-def fair_epochs(options, most):
-    """Epochs of at most `most` anchors in which a network with labels sees as many images as the student."""
+def fair_epochs(options):
+    """Epochs in which a network that is trained with labels sees as many images as the student."""
     dataset = load_dataset(options.dataset, options.root, "fit" if options.validation else "train")
+    most = RECIPES["teacher"][options.dataset]["images"]
     anchors = len(draw_groups(torch.tensor(dataset.labels), most, seeded(0)))
     views = min(options.images, len(dataset)) * (1 if options.regression else options.copies)
     return max(1, round(options.epochs * views / (anchors * (1 + NEGATIVES))))
@@ -113,9 +112,13 @@ def main(argv=None):
     baselines = []
     if not teacher:
         options.teacher_weights = "its own"  # not trained yet; the same options train the same one
-        options.out = options.out or free_folder(options, f"{options.teacher_size}to{options.student_size}")
-        teacher = with_labels(options, options.teacher_size, "teacher")
-        baselines = [with_labels(options, options.student_size, "baseline")]
+        parts = {"teacher": with_labels(options, options.teacher_size),
+                 "baseline": with_labels(options, options.student_size, fair_epochs(options))}
+        name = f"{options.teacher_size}to{options.student_size}"
+        options.out = options.out or free_folder(options, name, parts.items())
+        for part, own in parts.items():
+            own.out = os.path.join(options.out, part)
+        teacher, *baselines = map(train, parts.values())
     student = distill(teacher, options)
     test = load_dataset(options.dataset, options.root, "val" if options.validation else "test")
     rows, found = trade_off(teacher, [student], test, baselines, options.teacher_size, device=options.device,

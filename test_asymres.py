@@ -1,249 +1,242 @@
-"""What holds, shown on small cases: python -m pytest. Needs no data, no network, no GPU; under two minutes on two cores."""
-import contextlib
-import functools
-import hashlib
-import http.server
-import io
+"""What holds, shown on small cases: python -m pytest. No data, network or GPU; 90 s on two cores."""
+import itertools
 import json
-import math
+import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tarfile
-import threading
-import time
-import warnings
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the same numbers everywhere; CUDA would not survive a fork
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms import functional as TV
+from torchvision.transforms.v2 import functional as TV
 
-import asymres
 import data
 import distill
 import evaluate
 import train
-from asymres import (EmbeddingNet, GeM, distillation_loss, draw_negatives, load_checkpoint, negative_probabilities,
-                     save_checkpoint, triplet_loss)
-from data import distillation_loader, load_dataset, read_image, run_command
+from asymres import (RELEASED, EmbeddingNet, GeM, distillation_loss, draw_negatives, fingerprint,
+                     load_checkpoint, negative_probabilities, read_checkpoint, save_checkpoint, triplet_loss)
+from data import ImageSet, Views, load_dataset, read_image
 from evaluate import extract, knn, retrieval_metrics
 
-HERE = Path(__file__).parent
-f64 = functools.partial(torch.tensor, dtype=torch.float64)
+torch.set_num_threads(1)                    # no threads that a forked process would lack
+HERE, close = Path(__file__).parent, torch.testing.assert_close
+T, D, E = train, distill, evaluate
 
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
-def unit(*shape, seed=0, dtype=torch.float32):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
 
+def put(*paths, text=None):
+    """Write files: the text, or images of noise that depends on their names."""
+    for path in map(Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(noise(40, 50, 3, seed=[*f"{path.parent.name}{path.name}".encode()]))
+        picture.save(path) if text is None else path.write_text(text)
+
+def small_net(arch="resnet10", pooling="gem", dim=8, **how):
+    return EmbeddingNet(arch, pooling, dim, **{"pretrained": False, **how}).eval()
+
+def small(root, out, **changes):
+    """A command line of train.py or distill.py that takes a second. None drops an option, True is a flag."""
+    options = {"dataset": root, "out": out, "arch": "resnet10", "dim": 8, "weights": "random", "epochs": 2,
+               "lr": 1e-3, "batch": 8, "forward": 4, "workers": 0, "device": "cpu", **changes}
+    words = [("--" + name.replace("_", "-"), value) for name, value in options.items() if value is not None]
+    return [str(word) for pair in words for word in pair if word is not True]
+
+def trained(root, out, **changes):
+    """The network that train.py's function returns, without the table."""
+    return train.train(train.parse(small(root, out, **{"size": 32, **changes})))
+
+def distilled(teacher, out, **changes):
+    """A command line of distill.py: data set, network and weights are the teacher's."""
+    return small(None, out, **{"teacher": teacher, "student_size": 32, "copies": 2, "weights": "teacher",
+                               "arch": None, "dim": None, **changes})
+
+def student_of(teacher, out, **changes):
+    """The network that distill.py's function returns, without the table; and its teacher."""
+    options, net = distill.parse(distilled(teacher, out, **changes))
+    options.teacher_weights = fingerprint(net)
+    return distill.distill(net, options), net
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder of 6 classes of coloured noise; the first three, of 6, 5 and 7 images, are for training."""
-    root, noise = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    """A folder of 6 classes; the first three, of 6, 5 and 7 images, are for training."""
+    root = tmp_path_factory.mktemp("tiny")
     for label, count in enumerate([6, 5, 7, 4, 4, 1]):
-        (root / f"class{label}").mkdir()
-        for i in range(count):
-            pixels = noise.integers(0, 80, (40, 40 + 4 * i, 3)) + 25 * np.array([label, 5 - label, 3])
-            Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{label}" / f"{i}.png")
+        put(*(root / f"class{label}" / f"{i}.png" for i in range(count)))
     return root
 
-
-@pytest.fixture
-def quiet(capsys):
-    """Programs called in this test may talk."""
-
-
-def TINY(root, out, **changes):
-    """A command line of train.py or distill.py that takes a second."""
-    flags = {"dataset": root, "out": out, "arch": "resnet10", "dim": 8, "weights": "random", "epochs": 2, "lr": 1e-3,
-             "batch": 8, "forward": 4, "workers": 0, "device": "cpu", **changes}
-    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-
+@pytest.fixture(scope="session")
+def teacher(tiny, tmp_path_factory):
+    """The file of a teacher at 48 px, whose students keep the statistics of batch-norm as they are."""
+    out = tmp_path_factory.mktemp("teacher")
+    net = trained(tiny, out / "run", epochs=1, size=48)
+    net.frozen_batchnorm = True
+    save_checkpoint(out / "teacher.pt", net, options=load_checkpoint(out / "run" / "model.pt").options)
+    return out / "teacher.pt"
 
 def fails(capsys, program, *argv):
     """The one sentence with which a program refuses its command line."""
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: program.main([str(a) for a in argv]))
+        data.run_command(lambda: program.main([str(word) for word in argv]))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and "Traceback" not in "".join(lines)
     return lines[-1]
 
+@pytest.fixture
+def start():
+    """start(main, count=1): `count` processes of one program, forked, so that nothing is imported again."""
+    started = []
+    def run(main, place):
+        os.setsid()                                             # a group of its own, with its workers
+        os.environ.update({name: str(value) for name, value in place.items()})
+        data.run_command(main)
+    def start(main, count=1):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        for rank in range(count):
+            arguments = main, {**place, "RANK": rank, "LOCAL_RANK": rank}
+            started.append(multiprocessing.get_context("fork").Process(target=run, args=arguments))
+            started[-1].start()
+        return started[-count:]
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
 
-# ------------------------------------------------------ values recorded from the authors' implementation, 4 decimals in
+def end(processes, seconds=60):
+    """Their exit codes, None of one that goes on after that time."""
+    return [process.join(seconds) or process.exitcode for process in processes]
 
-STUDENT_0 = [[[0.5981, 0.1684, -0.5557, -0.5523], [0.8088, -0.1076, -0.0524, -0.5757], [0.9776, -0.1623, 0.1317,
-    -0.0241]], [[0.5, 0.6007, -0.3632, 0.5072], [0.3634, 0.0154, -0.572, -0.7352], [-0.3189, 0.7997, 0.4893,
-    -0.1394]]]
-TEACHER_0 = [[[0.4294, -0.348, 0.1392, -0.8217], [-0.963, -0.0115, 0.1337, -0.2339], [-0.2036, 0.6142, 0.4855,
-    0.5879]], [[0.3419, 0.4387, -0.6345, -0.5367], [0.1697, -0.8977, -0.1852, -0.362], [-0.7227, -0.0502, 0.6871,
-    0.0553]]]
-GRAD_0 = [[[-0.1217516724, 0.09867159288, -0.03946863715, 0.2329840456], [1.059292071, 0.01264990532, -0.1470688992,
-    0.2572880742], [0.169524562, -0.5114046463, -0.4042444738, -0.489506336]], [[-0.1384211212, -0.177611424,
-    0.2568827183, 0.217287557], [-0.06562636137, 0.3471584243, 0.07162051931, 0.1399925917], [0.2318362339,
-    0.01610374836, -0.2204160458, -0.01773978654]]]
-STUDENT_1 = [[[-0.4686, -0.2205, 0.231, -0.8237], [-0.0738, -0.5562, 0.4959, -0.6628], [0.6859, -0.5062, -0.0403,
-    0.5212]], [[0.4385, -0.3595, 0.2945, -0.7693], [0.1015, 0.0486, -0.457, -0.8823], [0.3505, 0.3558, -0.3125,
-    -0.808]]]
-TEACHER_1 = [[[0.4574, -0.3376, 0.786, 0.2431], [-0.2406, -0.7504, 0.4401, 0.4305], [-0.7502, -0.0105, -0.3015,
-    0.5884]], [[-0.6999, 0.5813, -0.4131, -0.0401], [-0.1962, -0.8203, 0.537, 0.0163], [0.5269, 0.0452, 0.0795,
-    -0.845]]]
-GRAD_1 = [[[-0.4361160221, 0.3628789066, -0.636221239, -0.3314795945], [0.04616836998, 0.4146594279, -0.1360475626,
-    -0.4989286537], [0.7670877468, 0.02965220328, 0.3367682455, -0.1812856109]], [[1.061436831, -0.6350327252,
-    0.2386015085, -0.9889521512], [0.5382974701, 0.8231955924, -0.5268272347, -0.9682883134], [0.1098041581,
-    0.03439263582, -0.2063165113, -0.6354701909]]]
-T_anchors = [[-0.5555, 0.5909, -0.5851], [-0.7771, -0.629, 0.0227], [0.2289, 0.8187, 0.5266], [-0.4824, -0.3744,
-    -0.7919]]
-T_positives = [[[0.9666, -0.0608, 0.249], [-0.7545, -0.6404, -0.1434]], [[-0.1878, 0.5912, 0.7843], [0.0481, 0.7756,
-    -0.6294]], [[-0.0962, -0.4802, 0.8719], [0.8407, -0.5337, 0.0917]], [[0.9847, -0.1699, 0.0377], [-0.59, 0.0537,
-    -0.8056]]]
-T_negatives = [[[-0.8566, 0.1997, 0.4757], [-0.1459, 0.4669, 0.8722]], [[-0.2192, 0.1911, 0.9568], [0.2425, -0.9701,
-    0.0107]], [[-0.4159, -0.6661, 0.6191], [0.5063, 0.8127, -0.2886]], [[0.3481, 0.5635, 0.7492], [-0.1595, 0.9861,
-    0.0468]]]
-T_grad = [[-1.2146, 1.3678, 1.2423], [0.163, -2.1458, 0.8126], [-0.49425, 1.25345, -0.5067], [-0.5721, 0.578,
-    0.00455]]
+@pytest.fixture
+def start_method():
+    """start_method(name) sets how workers are started from then on."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_forkserver_preload(["torchvision"])     # takes time, so once
+    yield lambda name: multiprocessing.set_start_method(name, force=True)
+    multiprocessing.set_start_method(usual, force=True)
 
+# -------------------------------------------- values recorded from the authors' implementation, 4 decimals in
+def numbers(*shape):
+    return torch.tensor([*map(float, shape[-1].split())], dtype=torch.float64).view(shape[:-1])
 
-@pytest.mark.parametrize("student, teacher, ts, ss, loss, grad", [
-    (STUDENT_0, TEACHER_0, 0, 0, 1.8000209920876884, GRAD_0),
-    (STUDENT_1, TEACHER_1, 0.7718, 0.6684, 4.054649398303912, GRAD_1)])
-def test_distillation_loss_is_the_authors(student, teacher, ts, ss, loss, grad):
-    student = f64(student).requires_grad_()
-    ours = distillation_loss(student, f64(teacher), ts, ss)
-    ours.backward()
-    assert ours.item() == pytest.approx(loss, rel=3e-6)                         # theirs adds 1e-6 to each 1 - s.t
-    torch.testing.assert_close(student.grad, f64(grad), rtol=0, atol=2e-6)
+STUDENT_0 = numbers(2, 3, 4, """.5981 .1684 -.5557 -.5523 .8088 -.1076 -.0524 -.5757 .9776 -.1623 .1317 -.0241
+    .5 .6007 -.3632 .5072 .3634 .0154 -.572 -.7352 -.3189 .7997 .4893 -.1394""")
+TEACHER_0 = numbers(2, 3, 4, """.4294 -.348 .1392 -.8217 -.963 -.0115 .1337 -.2339 -.2036 .6142 .4855 .5879
+    .3419 .4387 -.6345 -.5367 .1697 -.8977 -.1852 -.362 -.7227 -.0502 .6871 .0553""")
+GRAD_0 = numbers(2, 3, 4, """-.121752 .098672 -.039469 .232984 1.059292 .01265 -.147069 .257288 .169525
+    -.511405 -.404245 -.489506 -.138421 -.177611 .256883 .217288 -.065626 .347158 .071621 .139993 .231836
+    .016104 -.220416 -.01774""")
+STUDENT_1 = numbers(2, 3, 4, """-.4686 -.2205 .231 -.8237 -.0738 -.5562 .4959 -.6628 .6859 -.5062 -.0403 .5212
+    .4385 -.3595 .2945 -.7693 .1015 .0486 -.457 -.8823 .3505 .3558 -.3125 -.808""")
+TEACHER_1 = numbers(2, 3, 4, """.4574 -.3376 .786 .2431 -.2406 -.7504 .4401 .4305 -.7502 -.0105 -.3015 .5884
+    -.6999 .5813 -.4131 -.0401 -.1962 -.8203 .537 .0163 .5269 .0452 .0795 -.845""")
+GRAD_1 = numbers(2, 3, 4, """-.436116 .362879 -.636221 -.33148 .046168 .414659 -.136048 -.498929 .767088
+    .029652 .336768 -.181286 1.061437 -.635033 .238601 -.988952 .538297 .823196 -.526827 -.968288 .109804
+    .034393 -.206317 -.63547""")
+ANCHORS = numbers(4, 3, """-.5555 .5909 -.5851 -.7771 -.629 .0227 .2289 .8187 .5266 -.4824 -.3744 -.7919""")
+POSITIVES = numbers(4, 2, 3, """.9666 -.0608 .249 -.7545 -.6404 -.1434 -.1878 .5912 .7843 .0481 .7756 -.6294
+    -.0962 -.4802 .8719 .8407 -.5337 .0917 .9847 -.1699 .0377 -.59 .0537 -.8056""")
+NEGATIVES = numbers(4, 2, 3, """-.8566 .1997 .4757 -.1459 .4669 .8722 -.2192 .1911 .9568 .2425 -.9701 .0107
+    -.4159 -.6661 .6191 .5063 .8127 -.2886 .3481 .5635 .7492 -.1595 .9861 .0468""")
+TRIPLET_GRAD = numbers(4, 3, """-1.2146 1.3678 1.2423 .163 -2.1458 .8126 -.49425 1.25345 -.5067 -.5721 .578
+    .00455""")
+DATABASE = numbers(10, 3, """.0569 -.9793 .1942 .0258 -.3087 .9508 .9022 .3843 -.1957 -.6033 -.7972 .0245
+    -.2711 .5332 -.8014 .4423 -.2275 -.8675 .8117 .0986 .5757 -.9392 -.1975 -.2808 -.76 -.5152 .3962 -.7953
+    -.1499 -.5874""")
+QUERIES = numbers(10, 3, """-.3427 -1.1067 -.2349 -.2493 -.182 1.4687 1.3457 .4323 .2056 -.1968 -1.2022 .1997
+    .0479 .3566 -1.2779 .6271 -.7676 -1.0522 .3167 .1689 .244 -1.3344 -.2051 -.7322 -1.1055 -.89 .0798 -1.1882
+    .2815 -.4477""")
 
-
-def test_triplet_loss_is_the_authors():
-    anchors = f64(T_anchors).requires_grad_()
-    loss = triplet_loss(anchors, f64(T_positives), f64(T_negatives), 0.7)
+def test_losses_are_the_authors():
+    for student, teacher, ts, ss, expected, grad in (
+            (STUDENT_0, TEACHER_0, 0, 0, 1.8000209920876884, GRAD_0),
+            (STUDENT_1, TEACHER_1, 0.7718, 0.6684, 4.054649398303912, GRAD_1)):
+        loss = distillation_loss(student.requires_grad_(), teacher, ts, ss)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, rel=3e-6)  # theirs adds 1e-6 to each 1 - s.t
+        close(student.grad, grad, rtol=0, atol=2e-6)
+    loss = triplet_loss(ANCHORS.requires_grad_(), POSITIVES, NEGATIVES, 0.7)
     loss.backward()
     assert loss.item() == pytest.approx(4.7996729925, abs=1e-12)
-    torch.testing.assert_close(anchors.grad, f64(T_grad), rtol=0, atol=1e-10)
+    close(ANCHORS.grad, TRIPLET_GRAD, rtol=0, atol=1e-10)
 
+@pytest.mark.parametrize("queries, expected", [
+    (DATABASE, (0.197619047619, 0, 1 / 9, 6 / 9, 0, 1 / 18, 1 / 6, 0, 1 / 72, 0.045524691358)),
+    (QUERIES, (0.190729717813, 0, 1 / 9, 5 / 9, 0, 1 / 18, 5 / 36, 0, 1 / 72, 1 / 27))])
+def test_metrics_are_the_authors(queries, expected):
+    labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]                     # 3 is alone: no query, but in the database
+    ours = retrieval_metrics(queries, DATABASE, labels, labels, ks=(1, 2, 4))
+    names = ("mAP", "R@1", "R@2", "R@4", "P@1", "P@2", "P@4", "mAP@1", "mAP@2", "mAP@4")
+    assert [ours[name] for name in names] == pytest.approx(expected, abs=1e-9)
 
-# ------------------------------------------------------------------------------------------------------------- losses
-
+# --------------------------------------------------------------------------------- losses, negatives, metrics
 def test_distillation_loss_by_hand():
-    """Two views at right angles to the teacher, the student has them swapped: each term by mental arithmetic."""
-    t, s = f64([[[1, 0], [0, 1]]]), f64([[[0, 1], [1, 0]]])
-    assert distillation_loss(s, t, 0, 0) == 1                                   # both views off by 1, mean over A = 2
-    assert distillation_loss(s, t, 1, 0) == 1 + 1                               # s_i.t_j = 1 where t_i.t_j = 0
-    assert distillation_loss(s, t, 0, 1) == 1 + 0                               # among themselves they stand as they should
-    assert distillation_loss(t, t, 1, 1) == 0
-    assert distillation_loss(s[:, :1], t[:, :1], 1, 1) == 1                     # one view has no relations
+    """Two views at right angles to the teacher, which the student has swapped: mental arithmetic."""
+    t, s = torch.eye(2)[None], torch.eye(2).flip(0)[None]
+    assert distillation_loss(s, t, 0, 0) == 1                   # both views off by 1, mean over A = 2
+    assert distillation_loss(s, t, 1, 0) == 1 + 1               # s_i.t_j = 1 where t_i.t_j = 0
+    assert distillation_loss(s, t, 0, 1) == 1 + 0               # among themselves they stand right
+    assert distillation_loss(t, t, 1, 1) == 0 and distillation_loss(s[:, :1], t[:, :1], 1, 1) == 1
 
-
-def test_relations_never_cross_images():
-    """Changing image 2 leaves image 1's gradient alone, to the bit."""
-    grads = []
-    for seed in (1, 2):
-        s = torch.cat([unit(1, 4, 8), unit(1, 4, 8, seed=seed)]).requires_grad_()
-        distillation_loss(s, torch.cat([unit(1, 4, 8, seed=9), unit(1, 4, 8, seed=seed + 9)]), 0.7, 0.6).backward()
-        grads.append(s.grad)
-    assert torch.equal(grads[0][0], grads[1][0]) and not torch.equal(grads[0][1], grads[1][1])
-
-
-def test_losses_are_sums_over_images():
-    """Accumulating 4 x 2 images is 8 at once."""
-    s, t = unit(8, 4, 16, dtype=torch.float64), unit(8, 4, 16, seed=1, dtype=torch.float64)
-    whole, parts = distillation_loss(s, t, 0.7, 0.6), sum(distillation_loss(a, b, 0.7, 0.6) for a, b in zip(s.split(2), t.split(2)))
-    torch.testing.assert_close(whole, parts)
-    a, p, n = unit(8, 16), unit(8, 3, 16, seed=1), unit(8, 4, 16, seed=2)
-    torch.testing.assert_close(triplet_loss(a, p, n), sum(map(triplet_loss, a.split(2), p.split(2), n.split(2))))
-
-
-# ------------------------------------------------------------------------------------------------ sampling of negatives
-
-def test_negative_probabilities_follow_the_formula():
-    anchors, pool = unit(3, 16, dtype=torch.float64), unit(40, 16, seed=1, dtype=torch.float64)
-    own, labels = torch.tensor([0, 1, 2]), torch.arange(40) % 5
-    ours = negative_probabilities(anchors, pool, own, labels)
-    for i in range(3):
-        d = (2 - 2 * pool @ anchors[i]).sqrt().clamp(min=0.5)
-        log_weight = (2 - 16) * d.log() - (16 - 3) / 2 * (1 - d ** 2 / 4).log()
-        log_weight[labels == own[i]] = 0
-        weight = (log_weight - log_weight.max()).exp() + 1e-6
-        weight[labels == own[i]] = 0
-        torch.testing.assert_close(ours[i], weight / weight.sum())
-
-
-def test_negative_probabilities_at_the_ends():
-    """Duplicates and antipodes: no NaN, rows sum to one, nothing of the anchor's class."""
-    anchors = torch.eye(4, 512)                                                 # whose products are exact
-    pool, labels = torch.cat([anchors, -anchors, anchors]), torch.tensor([0, 1, 2, 3, 1, 2, 3, 0] + [7] * 4)
-    p = negative_probabilities(anchors, pool, torch.arange(4), labels)
-    assert p.isfinite().all() and torch.allclose(p.sum(1), torch.ones(4))
-    assert (p[labels == torch.arange(4)[:, None]] == 0).all() and (p[labels != torch.arange(4)[:, None]] > 0).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_negative_probabilities_follow_the_formula(dtype):
+    """In float32 at least, under autocast too; finite for duplicates and antipodes."""
+    anchors, labels = unit(3, 16).to(dtype), torch.arange(46) % 5
+    pool, own = torch.cat([unit(40, 16, seed=1).to(dtype), anchors, -anchors]), labels[1:4, None] == labels
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = negative_probabilities(anchors, pool, labels[1:4], labels)
+    d = (2 - 2 * anchors.double() @ pool.double().T).clamp(0.25, 4 - 1e-6).sqrt()
+    log_weight = ((2 - 16) * d.log() - (16 - 3) / 2 * (1 - d ** 2 / 4).log()).masked_fill(own, 0)
+    weight = ((log_weight - log_weight.amax(1, keepdim=True)).exp() + 1e-6).masked_fill(own, 0)
+    close(ours.double(), weight / weight.sum(1, keepdim=True), rtol=1e-3, atol=1e-9)
     with pytest.raises(ValueError, match="no negatives"):
-        negative_probabilities(anchors, pool, torch.zeros(4), torch.zeros(12))
+        negative_probabilities(anchors, pool, torch.zeros(3), torch.zeros(46))
 
-
-def test_draws_have_that_distribution_and_do_not_repeat():
-    """Chi-square of first draws against the probabilities: 0.001 critical value at 24 degrees of freedom."""
-    pool, labels = unit(30, 8, seed=3), torch.arange(30) // 6
-    anchor = unit(1, 8)
-    p = negative_probabilities(anchor, pool, labels[:1], labels)[0]
-    n = 20000
-    one = draw_negatives(anchor.expand(n, -1), pool, labels[:1].expand(n), labels, 1, generator=torch.Generator().manual_seed(0))
-    expected, seen = n * p[6:], torch.bincount(one[:, 0], minlength=30)
+def test_negatives_are_drawn_with_these_probabilities():
+    """Chi-square of first draws: 0.001 critical value at 24 degrees of freedom."""
+    pool, labels, n = unit(30, 8, seed=3), torch.arange(30) // 6, 20000
+    anchors, own, draw = unit(1, 8).expand(n, -1), labels[:1].expand(n), torch.Generator().manual_seed(0)
+    expected = n * negative_probabilities(anchors[:1], pool, own[:1], labels)[0, 6:]
+    seen = torch.bincount(draw_negatives(anchors, pool, own, labels, 1, generator=draw)[:, 0], minlength=30)
     assert seen[:6].sum() == 0 and ((seen[6:] - expected) ** 2 / expected).sum() < 51.2
-    four = draw_negatives(anchor.expand(n, -1), pool, labels[:1].expand(n), labels, 4, chunk=999)
-    assert (four.sort(1).values.diff(dim=1) > 0).all()
-    with pytest.raises(ValueError, match="fewer than 25"):
-        draw_negatives(anchor, pool, labels[:1], labels, 25)
-
 
 def test_an_epoch_of_mining(tiny):
-    """Groups of 4 of one class, equally many of each class, and no negative of the anchor's class."""
-    dataset, labels = load_dataset(str(tiny)), torch.tensor(load_dataset(str(tiny)).labels)
-    options = train.parse(["--dataset", str(tiny), "--size", "32", "--workers", "0", "--device", "cpu", "--precision", "float32"])
-    rows = train.mine(EmbeddingNet("resnet10", dim=8, pretrained=False), dataset, 0, options)
-    classes = labels[rows]                                                      # (R, 1 + M)
-    assert len(rows) == 3 * 4 and rows.shape[1] == 5                            # classes of 6, 5, 7: one group each
-    assert (classes[:, :1] != classes[:, 1:]).all()
-    assert (classes[:, 0].view(-1, 4) == classes[::4, :1]).all() and len(rows[:, 0].unique()) == 12
-
-
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-M_database = [[0.0569, -0.9793, 0.1942], [0.0258, -0.3087, 0.9508], [0.9022, 0.3843, -0.1957], [-0.6033, -0.7972,
-    0.0245], [-0.2711, 0.5332, -0.8014], [0.4423, -0.2275, -0.8675], [0.8117, 0.0986, 0.5757], [-0.9392, -0.1975,
-    -0.2808], [-0.76, -0.5152, 0.3962], [-0.7953, -0.1499, -0.5874]]
-M_queries = [[-0.3427, -1.1067, -0.2349], [-0.2493, -0.182, 1.4687], [1.3457, 0.4323, 0.2056], [-0.1968, -1.2022,
-    0.1997], [0.0479, 0.3566, -1.2779], [0.6271, -0.7676, -1.0522], [0.3167, 0.1689, 0.244], [-1.3344, -0.2051,
-    -0.7322], [-1.1055, -0.89, 0.0798], [-1.1882, 0.2815, -0.4477]]
-M_labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]
-M_symmetric = {"mAP": 0.197619047619, "R@1": 0, "R@2": 0.111111111111, "R@4": 0.666666666667, "P@1": 0, "P@2":
-    0.0555555555556, "P@4": 0.166666666667, "mAP@1": 0, "mAP@2": 0.0138888888889, "mAP@4": 0.045524691358}
-M_asymmetric = {"mAP": 0.190729717813, "R@1": 0, "R@2": 0.111111111111, "R@4": 0.555555555556, "P@1": 0, "P@2":
-    0.0555555555556, "P@4": 0.138888888889, "mAP@1": 0, "mAP@2": 0.0138888888889, "mAP@4": 0.037037037037}
-
-
-def test_metrics_are_the_authors():
-    """The last image is alone in its class: no query, but in the database."""
-    database, queries = f64(M_database), f64(M_queries)
-    for q, expected in ((database, M_symmetric), (queries, M_asymmetric)):
-        ours = retrieval_metrics(q, database, M_labels, M_labels, ks=(1, 2, 4))
-        assert {key: ours[key] for key in expected} == pytest.approx(expected, abs=1e-9)
-
+    """Groups of 4 of a class, at most --images, drawn anew; negatives of others; no class of fewer than 4."""
+    labels = torch.tensor([0] * 6 + [1] * 5 + [2] * 3 + [3] * 9 + [4])
+    dataset = ImageSet(labels.tolist(), images=noise(len(labels), 32, 32, 3))
+    options, net = train.parse(small(tiny, None, size=32, images=10)), small_net()
+    epochs = torch.stack([train.mine(net, dataset, data.Decoder(dataset), e, options) for e in range(12)])
+    assert epochs.shape == (12, 8, 1 + train.NEGATIVES) and len(epochs.unique(dim=0)) == 12
+    assert epochs.unique().tolist() == [i for i in range(24) if labels[i] not in (2, 4)]
+    for rows in epochs:
+        classes = labels[rows]                                  # (R, 1 + NEGATIVES)
+        assert (classes[:, 0].view(-1, 4) == classes[::4, :1]).all() and len(rows[:, 0].unique()) == 8
+        assert (classes[:, :1] != classes[:, 1:]).all() and (rows.sort(1).values.diff(dim=1) > 0).all()
 
 def by_sorting(queries, database, query_labels, database_labels, ks, same_images):
-    """The definitions, query by query, on a stable argsort."""
+    """The definitions, query by query: the wrong images of a score stand before the correct ones."""
     rows = []
     for i, label in enumerate(query_labels):
-        order = np.argsort(-(database @ queries[i]), kind="stable")
-        hit = np.asarray(database_labels)[order[order != i] if same_images else order] == label
+        correct = np.asarray(database_labels) == label
+        order = np.lexsort((correct, -(database @ queries[i]).round(9)))
+        hit = correct[order[order != i] if same_images else order]
         ranks, n = np.flatnonzero(hit), int(hit.sum())
         if not n:
             continue
@@ -256,778 +249,551 @@ def by_sorting(queries, database, query_labels, database_labels, ks, same_images
         rows.append(row)
     return {key: np.mean([row[key] for row in rows]) for key in rows[0]}
 
-
-def test_metrics_against_brute_force_with_ties_and_lone_classes():
-    """Embeddings on a coarse grid tie all the time; every chunk size gives the same numbers, to the bit."""
+def test_metrics_and_knn_against_brute_force():
+    """One to nine different embeddings, so that scores tie; classes of one to several hundred images."""
     draw, ks = np.random.default_rng(0), (1, 2, 3, 5, 8, 100)
-    for case in range(60):
-        n, m, same = draw.integers(2, 30), draw.integers(2, 30), bool(case % 2)
+    for case, (n, m) in enumerate([*draw.integers(2, 30, (40, 2)).tolist(), (30, 900), (700, 700)]):
+        same, classes, different = bool(case % 2), min(7, 2000 // m), unit(1 + case % 9, 13).double()
         m = n if same else m
-        queries, database = draw.integers(-1, 2, (n, 3)) / 2, draw.integers(-1, 2, (m, 3)) / 2
-        labels = draw.integers(-3, 4, n) * 10 ** 15
-        others = labels if same else np.append(draw.integers(-3, 4, m - 1) * 10 ** 15, labels[0])
-        if same:
-            others[1] = others[0]
-        expected = by_sorting(queries, database, labels, others, ks, same)
-        for chunk in (1, 7, 1000):
-            ours = retrieval_metrics(torch.tensor(queries), torch.tensor(database), labels, others.tolist(), ks, same, chunk=chunk)
-            assert ours == pytest.approx(expected, abs=1e-12), (case, chunk)
-
-
-def test_chunks_and_precisions_agree():
-    """3,000 embeddings, many of them twice: chunk 1, 7 and all are identical; float64 input ranks as float32 does."""
-    database = unit(1500, 64).repeat(2, 1)
-    queries = F.normalize(database + 0.1 * unit(3000, 64, seed=1), dim=1)
-    labels = torch.arange(3000) % 400
-    results = [retrieval_metrics(q[:600], d, labels[:600], labels, same_images=False, chunk=chunk)
-               for q, d, chunk in ((queries, database, 1), (queries, database, 7), (queries, database, 10 ** 6),
-                                   (queries.double(), database.double(), 100))]
-    assert results[0] == results[1] == results[2] == results[3]
-    found = [knn(queries[:50], database, 9, chunk=chunk)[1] for chunk in (1, 7, 10 ** 6)]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    scores = queries[:50].double() @ database.double().T
-    assert torch.equal(found[0], scores.float().sort(dim=1, descending=True, stable=True)[1][:, :9])
-
-
-def test_knn_by_hand():
-    database = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0.6, 0.8]])
-    scores, rows = knn(database[:1], database, 10)
-    assert rows.tolist() == [[0, 2, 3, 1]] and scores[0].tolist() == pytest.approx([1, 1, 0.6, 0])     # ties: first come first
-    assert knn(database, database, 1, same_images=True)[1][:, 0].tolist() == [2, 3, 0, 1]
-
-
-def test_all_embeddings_the_same():
-    """A collapsed network: ranks fall back on the database's order, in bounded memory."""
-    x, labels = torch.ones(3000, 8), torch.arange(3000) % 2
-    assert retrieval_metrics(x, x, labels, labels, ks=(1,))["R@1"] == pytest.approx(0.5, abs=1e-3)
-
+        queries, database = (different[draw.integers(0, len(different), count)] for count in (n, m))
+        labels, others = ((draw.integers(0, classes, count) - 1) * 10 ** 15 for count in (n, m))
+        labels, others[:2] = others if same else labels, others[1] if same else labels[0]  # one to find
+        expected = by_sorting(queries.numpy(), database.numpy(), labels, others, ks, same)
+        scores = queries @ database.T - (torch.eye(n) * 9 if same else 0)
+        for chunk, kind in itertools.product((1, 7 * m, 2 ** 24), (torch.float32, torch.float64)):
+            x, y = queries.to(kind), database.to(kind)
+            ours = retrieval_metrics(x, y, labels, others.tolist(), ks, same, chunk=chunk)
+            assert ours == pytest.approx(expected, abs=1e-6), (case, chunk, kind)
+            found, rows = knn(x, y, 9, same, chunk=chunk)       # ties in any order, fewer if there are
+            close(found.double(), scores.topk(min(9, m - same)).values, rtol=0, atol=1e-6)
+            close(found.double(), scores.gather(1, rows), rtol=0, atol=1e-6)
+            assert (rows.sort(1).values.diff(dim=1) > 0).all()
 
 @pytest.mark.parametrize("sentence, change", [
-    ("at least one", {"queries": torch.empty(0, 4)}), ("at least one", {"database": torch.empty(0, 4)}),
-    ("queries: embedding 1 is not finite", {"queries": torch.tensor([[1.0] * 4, [math.nan] * 4, [0] * 4])}),
-    ("database: embedding 0 is not finite", {"database": torch.full((3, 4), math.inf)}),
-    ("4 dimensions and the database has 5", {"database": torch.ones(3, 5)}), ("2 labels", {"query_labels": [1, 2]}),
-    ("2 queries and 3 database rows", {"queries": torch.ones(2, 4), "query_labels": [1, 1]}),
-    ("no query has a correct image", {"query_labels": [1, 2, 3], "database_labels": [1, 2, 3]}),
-    ("positive", {"ks": (1, 0)}), ("positive", {"ks": (1.5,)})])
+    ("embedding 0 is not finite", {"database": torch.full((3, 4), torch.nan)}), ("positive", {"ks": (1, 0)}),
+    ("4 dimensions .* has 5", {"database": torch.ones(3, 5)}), ("same images", {"query_labels": [1, 1, 1]})])
 def test_metrics_refuse(sentence, change):
-    arguments = {"queries": torch.ones(3, 4), "database": torch.ones(3, 4), "query_labels": [1, 1, 2],
-                 "database_labels": [1, 1, 2], **change}
+    usual = dict(queries=torch.ones(3, 4), database=torch.ones(3, 4), query_labels=[1, 1, 2])
     with pytest.raises(ValueError, match=sentence):
-        retrieval_metrics(**arguments)
+        retrieval_metrics(**{**usual, "database_labels": [1, 1, 2], **change})
 
-
-# ------------------------------------------------------------------------------------------------------------- network
-
+# ------------------------------------------------------------------------------------ network and checkpoints
 def test_gem_is_between_mean_and_maximum():
     x = torch.rand(2, 3, 5, 5)
-    torch.testing.assert_close(GeM(1)(x), x.mean((2, 3)))
-    torch.testing.assert_close(GeM(200)(x), x.amax((2, 3)), rtol=0.03, atol=0)
-    torch.testing.assert_close(GeM(3, channels=3)(x), x.pow(3).mean((2, 3)).pow(1 / 3))
+    for p, expected in ((1, x.mean((2, 3))), (3, x.pow(3).mean((2, 3)).pow(1 / 3)), (300, x.amax((2, 3)))):
+        close(GeM(p, channels=3)(x), expected, rtol=0.03 if p == 300 else 1e-5, atol=0)
 
+@pytest.mark.parametrize("arch, how", [
+    ("googlenet", {"transform_input": True, "init_weights": True}), ("densenet121", {}), ("mnasnet0_5", {}),
+    ("inception_v3", {"transform_input": True, "init_weights": True}), ("mobilenet_v3_small", {})])
+def test_networks_are_torchvisions_up_to_the_pooling(arch, how, tmp_path):
+    """From a file of its weights: what its classifier sees, input transform and last ReLU included."""
+    model, seen, x = torchvision.models.get_model(arch, **how).eval(), [], torch.randn(2, 3, 96, 96)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name[0] in "cf"][0]
+    linear.register_forward_pre_hook(lambda _, inputs: seen.append(F.normalize(inputs[0])))
+    model(x)
+    close(small_net(arch, "spoc", 0, pretrained=tmp_path / "w.pth")(x), seen[0])
 
-@pytest.mark.parametrize("arch, first", [("resnet10", "backbone.0.weight"), ("mobilenet_v3_small", "backbone.0.0.weight"),
-                                         ("squeezenet1_1", "backbone.0.weight"), ("shufflenet_v2_x0_5", "backbone.0.0.weight")])
-def test_families_of_backbones(arch, first):
-    net = EmbeddingNet(arch, "gemmp", 16, pretrained=False).eval()
-    assert {first, "pool.p", "whiten.weight", "whiten.bias"} <= net.state_dict().keys()
-    for size in (64, 96):
-        torch.testing.assert_close(net(torch.randn(2, 3, size, size)).norm(dim=1), torch.ones(2))
-    assert net.pool.p.shape == (net.whiten.in_features,)
+def test_timm():
+    pytest.importorskip("timm")
+    assert small_net("timm/lcnet_035")(torch.randn(2, 3, 64, 64)).shape == (2, 8)
 
+def test_a_backbone_of_ones_own():
+    """In bfloat16, with a batch-norm layer that its owner froze; the other one trains unless pretrained."""
+    layers = torch.nn.Conv2d(3, 7, 3), torch.nn.BatchNorm2d(7).eval(), torch.nn.BatchNorm2d(7)
+    net = small_net(None, "spoc", 0, backbone=torch.nn.Sequential(*layers).bfloat16())
+    for net.frozen_batchnorm in (False, True):
+        embeddings = net.train()(torch.randn(2, 3, 8, 8))
+        assert embeddings.shape == (2, net.dim) == (2, 7) and embeddings.dtype == torch.float32
+        assert [layer.num_batches_tracked.item() for layer in layers[1:]] == [0, 1]
 
-def test_a_backbone_of_ones_own_and_no_whitening():
-    net = EmbeddingNet(backbone=torch.nn.Conv2d(3, 7, 3), pooling="spoc", dim=0, pretrained=False)
-    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7) and net.dim == 7 and isinstance(net.whiten, torch.nn.Identity)
-    with pytest.raises(ValueError, match="no feature map"):
-        EmbeddingNet(backbone=torch.nn.Flatten(), pretrained=False)
-    with pytest.raises(ValueError, match="did you mean resnet50"):
-        EmbeddingNet("resnet5O")
+@pytest.mark.parametrize("dtype, pooling", [(torch.float16, "gemmp"), (torch.bfloat16, "mac")])
+def test_a_network_in_half_precision(dtype, pooling):
+    net, x = small_net(pooling=pooling), torch.randn(2, 3, 64, 64)
+    expected, before = net(x), fingerprint(net)
+    assert (net.to(dtype)(x) * expected).sum(1).min() > 0.99 and fingerprint(net) != before
 
-
-def test_multiscale_is_the_mean_over_sizes():
-    net, x = EmbeddingNet("resnet10", dim=8, pretrained=False).eval(), torch.randn(2, 3, 64, 64)
-    half = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(asymres.multiscale(net, x, (1, 0.5)), F.normalize(net(x) + net(half)))
-
-
-def test_batchnorm_is_frozen_only_when_pretrained():
-    net, x = EmbeddingNet("resnet10", dim=8, pretrained=False), torch.randn(4, 3, 32, 32)
-    for frozen in (False, True):
-        net.frozen_batchnorm = frozen
-        before = net.backbone[1].running_mean.clone()
-        net.train()(x).sum().backward()
-        assert torch.equal(before, net.backbone[1].running_mean) == frozen
-        assert net.backbone[1].weight.grad is not None                          # scale and shift are learned all the same
-
-
-def test_batchnorm_statistics_stand_still_at_the_end(tiny, tmp_path, quiet, monkeypatch):
-    """From random weights they train for 7 epochs of 10, then the network trains as it will be used."""
-    seen, real = [], train._Run.end_epoch
-    monkeypatch.setattr(train._Run, "end_epoch", lambda run: real(run) or seen.append(run.net.backbone[1].running_var.clone()))
-    net = train.train(train.parse(TINY(tiny, tmp_path / "r", epochs=10) + ["--size", "32"]))
-    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [False] * 6 + [True] * 3
-    assert not net.frozen_batchnorm                                             # a student started from it trains them
-
-
-def test_the_teacher_stays_as_it_is(tiny, tmp_path, quiet):
-    """After a distillation: no gradient, no moved statistics, no changed weight; the student moved."""
-    teacher = EmbeddingNet("resnet10", dim=8, pretrained=False)
-    before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    options, _ = distill.parse(TINY(tiny, tmp_path / "s", epochs=1) + ["--weights", "teacher", "--student-size", "32"])
-    student = distill.distill(teacher, options)
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-    assert not torch.equal(student.whiten.weight, teacher.whiten.weight)
-    assert not torch.equal(student.backbone[1].running_mean, teacher.backbone[1].running_mean)
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-def authors_file(path, net, **changes):
-    """A checkpoint as the authors' code writes it, numpy float and all."""
+def test_checkpoints_of_the_authors(tmp_path, monkeypatch, capsys):
+    """By name, downloaded once, numpy float and all; the size is in the name. The data set has to be said."""
+    net, x, fetched = small_net(), torch.randn(2, 3, 32, 32), []
     meta = {"architecture": net.arch, "pooling": "gem", "whitening": net.dim, "outputdim": net.dim,
             "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    torch.save({"meta": meta, "state_dict": net.state_dict(), "epoch": 3, "max_map": np.float64(0.4), **changes}, path)
-    return str(path)
-
-
-def test_checkpoints_of_the_authors_load(tmp_path):
-    net = EmbeddingNet("resnet10", dim=8, pretrained=False).eval()
-    loaded = load_checkpoint(authors_file(tmp_path / "cub-S224r-T448r-resnet50-512-gem-w.pth", net))
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(loaded(x), net(x)) and loaded.size == 224 and not loaded.training
-    assert load_checkpoint(authors_file(tmp_path / "sop-448r-resnet50-512-gem-w.pth", net)).size == 448
-    old = (tmp_path / "sop-448r-resnet50-512-gem-w.pth").read_bytes().replace(b"numpy._core", b"numpy.core")
-    assert b"numpy.core" in old                                                 # numpy 1's name; its checksum is now off
-    assert len(asymres.RELEASED) == 9 and "cars-S224r-T448r-resnet50-512-gem-w" in asymres.RELEASED
-
-
-def test_a_released_name_is_downloaded_once(tmp_path, monkeypatch):
+    theirs = {"meta": meta, "state_dict": net.state_dict(), "epoch": 3, "max_map": np.float64(0.4)}
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    fetched = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, path: fetched.append(url) or torch.save(theirs, path))
+    for name, size in (("cub-S224r-T448r-resnet50-512-gem-w", 224), ("sop-448r-resnet50-512-gem-w", 448)):
+        for loaded in (load_checkpoint(name), load_checkpoint(name)):
+            assert torch.equal(loaded(x), net(x)) and loaded.size == size
+    assert len(RELEASED) == 9 and [url.rpartition("/") for url in fetched] == [
+        ("http://ptak.felk.cvut.cz/personal/sumapave/public", "/", f"{name}-resnet50-512-gem-w.pth")
+        for name in ("cub-S224r-T448r", "sop-448r")]
+    for program in (distill, evaluate):
+        assert "--dataset" in fails(capsys, program, "--teacher", "sop-448r-resnet50-512-gem-w")
 
-    def fetch(url, path):
-        fetched.append(url)
-        authors_file(path, EmbeddingNet("resnet10", dim=8, pretrained=False))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    for _ in range(2):
-        assert load_checkpoint("cub-448r-resnet50-512-gem-w").size == 448
-    assert fetched == ["http://ptak.felk.cvut.cz/personal/sumapave/public/cub-448r-resnet50-512-gem-w.pth"]
+def test_asymres_stands_alone():
+    imported = re.findall(r"^ *(?:from|import) (\w+)", (HERE / "asymres.py").read_text(), re.M)
+    assert "torch" in imported and not {"data", "evaluate", "train", "distill"} & {*imported}
 
-
-def test_checkpoints_of_ours_come_back_whole(tmp_path):
-    for pooling, dim in (("gem", 8), ("gemmp", 0), ("mac", 4)):
-        net = EmbeddingNet("resnet10", pooling, dim, pretrained=False).eval()
-        net.size, net.teacher = 32, "0123456789abcdef"
-        save_checkpoint(tmp_path / "n.pt", net, options={"dataset": "x"})
-        back = load_checkpoint(tmp_path / "n.pt")
-        assert (back.size, back.teacher, back.dim, back.pooling) == (32, net.teacher, net.dim, pooling)
-        assert asymres.fingerprint(back) == asymres.fingerprint(net) and back.options == {"dataset": "x"}
-
-
-class Malice:
-    def __reduce__(self):
-        return os.system, ("touch was_run",)
-
-
-@pytest.mark.parametrize("write", [lambda x, path: torch.save(x, path), lambda x, path: path.write_bytes(pickle.dumps(x)),
-                                   lambda x, path: torch.save(x, path, _use_new_zipfile_serialization=False)])
-def test_a_strangers_file_runs_no_code(tmp_path, monkeypatch, write):
-    monkeypatch.chdir(tmp_path)
-    write({"meta": Malice(), "state_dict": {}}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is not a readable checkpoint"):
-        load_checkpoint("evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is not a readable checkpoint"):
-        evaluate.read_index("evil.pt", None)
-    assert not (tmp_path / "was_run").exists()
-
-
-def test_asymres_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(HERE / "asymres.py", tmp_path)
-    code = ("import torch, asymres as a; n = a.EmbeddingNet('resnet10', dim=8, pretrained=False).eval(); "
-            "v = n(torch.randn(4, 3, 32, 32)).view(2, 2, 8); a.distillation_loss(v, v.flip(0), 1, 1).backward(); "
-            "a.save_checkpoint('x.pt', n); print(a.load_checkpoint('x.pt').dim)")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.strip() == "8", run.stderr
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-PIXELS = np.random.default_rng(5).integers(0, 256, (12, 16, 3)).astype(np.uint8)
-RGB = Image.fromarray(PIXELS)
-
-
-def as_read(image, path, **how):
-    image.save(path, **how)
-    return np.asarray(read_image(path)).astype(int)
-
+# ----------------------------------------------------------------------------------------------------- images
+RGB = Image.fromarray(noise(12, 16, 3))
 
 def test_images_are_read_as_a_viewer_shows_them(tmp_path):
-    grey, alpha = RGB.convert("L"), np.zeros((12, 16), np.uint8)
-    alpha[:, 8:] = 255
-    white = PIXELS.astype(int).copy()
-    white[:, :8] = 255                                                          # whatever colour hides under alpha 0
-    shades = np.asarray(grey).astype(int)[:, :, None].repeat(3, 2)
-    rgba = Image.fromarray(np.dstack([PIXELS, alpha]))
-    assert (as_read(RGB, tmp_path / "a.png") == PIXELS).all()
-    assert (as_read(grey, tmp_path / "b.png") == shades).all()
-    assert (as_read(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), tmp_path / "c.png") == shades).all()
-    assert (as_read(rgba, tmp_path / "d.png") == white).all()
-    grey_alpha = Image.merge("LA", (grey, Image.fromarray(alpha)))
-    assert (as_read(grey_alpha, tmp_path / "e.png")[:, 8:] == shades[:, 8:]).all()
-    assert (as_read(grey_alpha, tmp_path / "e.png")[:, :8] == 255).all()
-    palette = RGB.quantize(16)
-    assert (as_read(palette, tmp_path / "f.png") == np.asarray(palette.convert("RGB"))).all()
-    clear = as_read(palette, tmp_path / "g.png", transparency=3)
-    assert (clear[np.asarray(palette) == 3] == 255).all()
-    assert (clear[np.asarray(palette) != 3] == np.asarray(palette.convert("RGB"))[np.asarray(palette) != 3]).all()
-    keyed = as_read(RGB, tmp_path / "h.png", transparency=tuple(PIXELS[0, 0].tolist()))
-    assert (keyed[0, 0] == 255).all() and (keyed[1:] == PIXELS[1:]).all()
-    cmyk = RGB.convert("CMYK")
-    assert (as_read(cmyk, tmp_path / "i.tif") == np.asarray(cmyk.convert("RGB"))).all()
-    smooth = Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(64, 0)).convert("CMYK")
-    assert abs(as_read(smooth, tmp_path / "j.jpg", quality=95) - np.asarray(smooth.convert("RGB"))).max() < 8
-    assert (as_read(grey.convert("1"), tmp_path / "k.png") == np.asarray(grey.convert("1").convert("RGB"))).all()
-
-
-def test_exif_rotation_is_undone(tmp_path):
-    for orientation, upright in ((3, Image.ROTATE_180), (6, Image.ROTATE_270), (8, Image.ROTATE_90), (2, Image.FLIP_LEFT_RIGHT)):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        assert (as_read(RGB, tmp_path / "x.png", exif=exif) == np.asarray(RGB.transpose(upright))).all()
-
-
-def test_bombs_and_damage_name_their_file(tmp_path):
-    Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")                  # 144 megapixels in 18 kB
-    RGB.save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
-    (tmp_path / "text.png").write_text("not an image")
-    for name in ("bomb.png", "cut.png", "text.png", "missing.png"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
-            read_image(tmp_path / name)
-
+    """Grey, palettes, transparency on white, 16 bit, CMYK, turned by EXIF; evaluation_transform, too."""
+    grey, palette, cmyk, exif = RGB.convert("L"), RGB.quantize(16), RGB.convert("CMYK"), Image.Exif()
+    alpha, key, exif[0x0112] = Image.fromarray(noise(12, 16) // 128 * 255), RGB.getpixel((0, 0)), 6
+    shades, clear, white = np.asarray(grey).astype(np.uint16), np.asarray(alpha) == 0, RGB.point([255] * 768)
+    on_white = lambda image, clear: Image.composite(white, image.convert("RGB"), Image.fromarray(clear))
+    for name, image, shown, how in [
+            ("grey.png", grey, grey, {}), ("rgb.png", RGB, RGB, {}), ("palette.png", palette, palette, {}),
+            ("deep.png", Image.fromarray(shades * 257), grey, {}), ("cmyk.tif", cmyk, cmyk, {}),
+            ("rgba.png", Image.merge("RGBA", (*RGB.split(), alpha)), on_white(RGB, clear), {}),
+            ("la.png", Image.merge("LA", (grey, alpha)), on_white(grey, clear), {}),
+            ("clear.png", palette, on_white(palette, np.asarray(palette) == 3), {"transparency": 3}),
+            ("keyed.png", RGB, on_white(RGB, (np.asarray(RGB) == key).all(-1)), {"transparency": key}),
+            ("turned.png", RGB, RGB.transpose(Image.ROTATE_270), {"exif": exif})]:
+        image.save(tmp_path / name, **how)
+        assert (np.asarray(read_image(tmp_path / name)) == np.asarray(shown.convert("RGB"))).all(), name
+        if name != "turned.png":
+            close(*(data.evaluation_transform(8)(x) for x in (Image.open(tmp_path / name), shown)))
+    Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")  # 144 megapixels in 18 kB
+    with pytest.raises(ValueError, match="bomb.png cannot be read as an image"):
+        read_image(tmp_path / "bomb.png")
 
 def test_evaluation_transform():
-    """Shorter side to size*8/7, centre crop, normalised: a picture of two halves keeps its middle line."""
-    halves = Image.fromarray(np.concatenate([np.zeros((70, 50, 3), np.uint8), np.full((70, 50, 3), 255, np.uint8)], 1))
-    x = data.evaluation_transform(56)(halves)
-    assert x.shape == (3, 56, 56) and x.dtype == torch.float32
-    black, white = (data.normalize(torch.full((1, 3, 1, 1), v))[0, :, 0, 0] for v in (0.0, 1.0))
-    torch.testing.assert_close(x[:, 10, 20], black)
-    torch.testing.assert_close(x[:, 10, 36], white)
-    framed = np.full((64, 64, 3), 255, np.uint8)
-    framed[4:-4, 4:-4] = 0                                                      # what the crop keeps of 64 px for 56
-    torch.testing.assert_close(data.evaluation_transform(56)(Image.fromarray(framed)), black[:, None, None].expand(3, 56, 56))
+    """Both sides times 8/7 of the size over the shorter one, rounded; the centre. 375 x 500: 73 x 98."""
+    image = Image.fromarray(noise(500, 375, 3))
+    crop = np.asarray(image.resize((73, 98), Image.LANCZOS).crop((4, 17, 68, 81)))
+    expected = (crop / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    close(data.evaluation_transform(64)(image), torch.tensor(expected).permute(2, 0, 1).float())
     assert data.evaluation_transform(7)(Image.new("RGB", (300, 1))).shape == (3, 7, 7)
 
+@pytest.mark.parametrize("name", ["big.jpg", "big.png"])
+def test_big_images_are_shrunk_while_they_are_read(tmp_path, name):
+    """To what their smallest crop needs: views differ by little from those of the whole image."""
+    soft, most = RGB.resize((4, 3)).resize((1200, 900), Image.BICUBIC), data.most_pixels(32, 0.5)
+    soft.save(tmp_path / name, quality=95)
+    image, dataset = read_image(tmp_path / name, most), ImageSet([0], [str(tmp_path / name)])
+    assert 0.9 * most < image.width * image.height <= most and abs(image.width / image.height - 4 / 3) < 0.1
+    shrunk, whole = (next(iter(Views(dataset, (32,), copies=20, least=0.5, decoder=decoder)))[0]
+                     for decoder in (None, data.Decoder(dataset)))
+    difference = ((shrunk - whole) * 255 * 0.225).abs().mean((2, 3, 4))         # grey levels, view by view
+    assert 0 < difference.median() < 4 and read_image(tmp_path / name, 10 ** 9).size == soft.size
 
-# ---------------------------------------------------------------------------------------------- coupled augmentation
+# --------------------------------------------------------------------------------------- coupled augmentation
+def views_of(size, start=0, **how):
+    """Views at 6 and 8 px of an epoch of 230 images in order, asked for in slices of `size` images."""
+    dataset = ImageSet(range(230), images=noise(230, 9, 12, 3))
+    views = Views(dataset, (6, 8), 2, jitter=True, mixup=True, **how)
+    parts = [slice(i, min(i + size, 230)) for i in range(start, 230, size)]
+    return [torch.cat(batches) for batches in zip(*views.epoch(1, torch.arange(230), parts))]
 
-def test_views_are_the_same_region_at_both_sizes(tiny):
-    """A picture whose colours are its coordinates: both crops hold the same corners, whatever was drawn."""
-    ramp = np.stack(np.broadcast_arrays(np.arange(256)[None], np.arange(256)[:, None], 128), -1).astype(np.uint8)
-    loader = data.ViewLoader(data.ImageSet([0], images=ramp[None]), (32, 64), 50, crop_scale=(0.08, 1.0))
-    _, (small, large), draws = loader.views[(0, 0, 0)]
-    torch.testing.assert_close(F.avg_pool2d(large.float(), 2), small.float(), atol=3, rtol=0)
-    left, top = small[:, 0, :, 0].float().mean(1), small[:, 1, 0].float().mean(1)
-    assert left.std() > 20 and top.std() > 20 and 0.2 < (draws[:, 0] > 0).float().mean() < 0.8
+def same(xs, ys):
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
+def test_views_depend_on_seed_epoch_and_block_alone(monkeypatch):
+    """Not on slices, workers, or where an epoch is entered. An image is decoded once an epoch."""
+    decoded, image = [], ImageSet.image
+    monkeypatch.setattr(ImageSet, "image", lambda self, i, *most: decoded.append(i) or image(self, i, *most))
+    whole = views_of(8)
+    assert sorted(decoded) == list(range(230))
+    assert all(same(whole, views_of(4, workers=workers)) for workers in (0, 1, 3))
+    assert same([x[196:] for x in whole], views_of(8, start=196)) and not same(whole, views_of(8, seed=2))
 
-def by_torchvision(loader, batch):
-    """What the loader should give, made view by view of torchvision's own functions."""
-    index, crops, draws, partner = loader._collate([loader.views[key] for key in batch])
-    change, sizes = (TV.adjust_brightness, TV.adjust_contrast, TV.adjust_saturation, TV.adjust_hue), []
-    for crop in crops:
-        views = []
-        for view, draw in zip(crop.flatten(0, 1), draws.tolist()):
-            view = TV.hflip(view / 255) if draw[0] else view / 255
-            for op in map(int, draw[5:9]):
-                view = change[op](view, draw[1 + op])
-            views.append(view)
-        views, weight = torch.stack(views), draws[:, 9, None, None, None].float()
-        mixed = weight * views + (1 - weight) * views[partner]
-        sizes.append(TV.normalize(mixed, data.MEAN, data.STD).unflatten(0, crop.shape[:2]))
-    return sizes, draws.unflatten(0, (len(batch), -1)), partner.view(len(batch), -1)
+def test_partners_are_spread_over_their_block():
+    """Of 200 images in the order of the epoch; never the image itself."""
+    partner, own = data.draw_views(450, 8, 1, 2).partner.reshape(450, 8), np.arange(450)[:, None]
+    assert (partner != own).all() and (partner // 200 == own // 200).all()
+    for block in np.split(partner - own // 200 * 200, [200, 400]):
+        assert {*block.flat} == {*range(len(block))}
+        assert len(np.unique(block - np.arange(len(block))[:, None])) > 1.2 * len(block)
 
+def by_torchvision(image, draws, v, size, least):
+    """What `draws` say of view v, of an image (3,H,W), uint8, by torchvision's own functions."""
+    box, = data.crop_boxes(draws.crop[v:v + 1], *np.array(image.shape[1:])[:, None], least).tolist()
+    x = TV.resized_crop(image, *box, [size, size], antialias=True) / 255
+    x = TV.hflip(x) if draws.flip[v] else x
+    changes = (TV.adjust_brightness, TV.adjust_contrast, TV.adjust_saturation, TV.adjust_hue)
+    for change in draws.order[v]:
+        x = changes[change](x, draws.factors[v][change])
+    return x
 
-def test_the_loader_equals_torchvision_and_couples_everything():
-    """Colour by torchvision's functions, one partner and one weight for both sizes, partners from other images."""
-    images = np.random.default_rng(1).integers(0, 256, (6, 50, 60, 3)).astype(np.uint8)
-    images[0], images[1, :, 30:] = 77, 200                                      # grey: hue has no say there
-    loader = distillation_loader(data.ImageSet(range(6), images=images), 24, 48, copies=4, batch_size=3, seed=7)
-    batches = list(loader)
-    assert len(batches) == len(loader) == 2 and batches[0][1].shape == (3, 4, 3, 48, 48)
-    keys = [(0, p, i) for p, i in enumerate(torch.randperm(6, generator=data.seeded(7, 0)).tolist())]
-    for (small, large), batch in zip(batches, (keys[:3], keys[3:])):
-        expected, draws, partner = by_torchvision(loader, batch)
-        torch.testing.assert_close(small, expected[0], atol=2e-5, rtol=0)
-        torch.testing.assert_close(large, expected[1], atol=2e-5, rtol=0)
-        assert (partner // 4 != torch.arange(3)[:, None]).all()                 # (B, A), views are numbered b*A + a
-        assert ((draws[..., 9] >= 0) & (draws[..., 9] <= 1)).all() and draws[..., 9].std() > 0.2
-        assert len(draws[..., 5:9].flatten(0, 1).unique(dim=0)) > 4             # orders differ from view to view
+def test_views_are_what_torchvision_makes_of_their_draws():
+    """At both sizes: one region, one weight, one partner, put through the same draw in its own frame."""
+    images, order = [noise(50 + 5 * i, 60, 3, seed=i) for i in range(6)], [3, 0, 5, 1, 4, 2]
+    images[0][:], images[1][:, 30:] = 77, 200                           # grey: hue has no say there
+    draws, parts = data.draw_views(6, 4, 7, 2), [slice(0, 3), slice(3, 6)]
+    views = Views(ImageSet(range(6), images=images), (24, 48), 4, least=0.2, jitter=True, mixup=True, seed=7)
+    pixels = [torch.from_numpy(images[i]).permute(2, 0, 1) for i in order]
+    for size, ours in zip((24, 48), map(torch.cat, zip(*views.epoch(2, torch.tensor(order), parts)))):
+        for v in range(6 * 4):
+            own, other = (by_torchvision(pixels[i], draws, v, size, 0.2) for i in (v // 4, draws.partner[v]))
+            mixed = (draws.weight[v] * own + (1 - draws.weight[v]) * other).float()
+            close(ours[v // 4, v % 4], TV.normalize(mixed, data.MEAN, data.STD), atol=1e-4, rtol=0)
+    assert 0.2 < draws.flip.mean() < 0.8 and draws.weight.std() > 0.3 and len({*map(tuple, draws.order)}) > 3
 
+def test_two_ways_to_crop():
+    """One by one for a CPU and by two products for a GPU: a grey level apart; the products are exact."""
+    draws, sides = data.draw_views(60, 1, 3), np.random.default_rng(4).integers(20, 90, (60, 2))
+    images = [torch.from_numpy(noise(3, *side)) for side in sides]
+    boxes = data.crop_boxes(draws.crop, *sides.T, 0.08)
+    exact = torch.stack([TV.resized_crop(image.float(), *box, [32, 32]).flip([-1] if flipped else [])
+                         for image, box, flipped in zip(images, boxes.tolist(), draws.flip)])
+    ours, half = (data.crop_by_products(images, boxes, draws.flip, 32, *kind) for kind in ((), (torch.half,)))
+    close(ours, exact, atol=1e-3, rtol=0)
+    for other in (half, data.crop_one_by_one(images, boxes, draws.flip, 32)):
+        close(other, ours, atol=1.001, rtol=0)
+    assert 0.05 < (boxes[:, 2] * boxes[:, 3] / sides.prod(1)).min() < 0.2
 
-def test_views_in_groups_and_one_by_one_are_the_same():
-    """The grouping that a GPU gets, on the CPU."""
-    loader = distillation_loader(data.ImageSet([0], images=np.asarray(RGB)[None]), 24, 24, copies=16)
-    _, crops, draws, _ = loader._collate([loader.views[(0, 0, 0)]])
-    together = data.render(crops[0][0], draws)
-    torch.testing.assert_close(together, torch.cat([data.render(crops[0][0][i:i + 1], draws[i:i + 1]) for i in range(16)]))
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_the_loader_of_the_student(method, start_method):
+    """Each image once an epoch, in a new order, in new views; workers, however started, end with it."""
+    dataset = ImageSet(range(10), images=[np.full((9, 9, 3), 25 * i, np.uint8) for i in range(10)])
+    make = lambda **how: data.distillation_loader(dataset, 8, 16, copies=3, batch_size=4, **how)
+    start_method(method)
+    loader, again, plain = make(), make(workers=1), make(mixup=False)
+    first, second = list(loader), list(loader)
+    assert len(loader) == 3 and [x.shape for _, x in first] == [(n, 3, 3, 16, 16) for n in (4, 4, 2)]
+    assert all(map(same, first + second, [*again, *again])) and not any(map(same, first, second))
+    assert len({round(x.mean().item(), 3) for _, large in plain for x in large}) == 10
+    del again
+    assert not multiprocessing.active_children()
 
-
-def test_the_same_seed_gives_the_same_views_whatever_the_workers(tiny):
-    views = [[batch for _ in range(2) for batch in
-              distillation_loader(load_dataset(str(tiny)), 16, 24, copies=2, batch_size=7, workers=workers, seed=seed)]
-             for workers, seed in ((0, 3), (2, 3), (0, 4))]
-    same = lambda a, b: all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
-    assert same(views[0], views[1]) and not same(views[0], views[2])
-    loader = distillation_loader(load_dataset(str(tiny)), 16, 24, copies=2, batch_size=7, seed=3)
-    assert same(views[0], list(loader)) and not same(list(loader), list(loader))     # each pass is a new epoch
-
-
-def test_regression_sees_the_evaluation_crop(tiny):
-    dataset = load_dataset(str(tiny))
-    loader = data.ViewLoader(dataset, [16], 1, crop_scale=None)
-    (index, views), = loader.epoch(0, [torch.tensor([3, 1])])
-    torch.testing.assert_close(views[1, 0], data.evaluation_transform(16)(dataset.image(1)))
-    assert index.tolist() == [3, 1]
-
-
-# ----------------------------------------------------------------------------------------------------------- data sets
-
-def put(path, text=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text) if text is not None else Image.new("RGB", (8, 8)).save(path)
-
-
-def cub(root):
-    names = ["001.Black_footed_Albatross/a_1.jpg", "101.White_Pelican/b 2.jpg", "100.Brown_Pelican/c.jpg", "200.Yellowthroat/d.jpg"]
-    put(root / "images.txt", "".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
-    for name in names:
-        put(root / "images" / name)
-
+# -------------------------------------------------------------------------------------------------- data sets
+def cub(root, each=1):
+    names = [f"{label:03}.Black_Bird/a {i}.jpg" for label in (1, 101, 100, 200) for i in range(each)]
+    put(root / "images.txt", text="".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
+    put(*(root / "images" / name for name in names))
 
 def sop(root):
-    for part, classes in (("train", (1, 1, 2)), ("test", (11319, 11320))):
-        rows = [f"{i} {c} 1 bicycle_final/{part}_{i}.JPG" for i, c in enumerate(classes, 1)]
-        put(root / f"Ebay_{part}.txt", "image_id class_id super_class_id path\n" + "\n".join(rows) + "\n")
-        for i in range(1, len(classes) + 1):
-            put(root / f"bicycle_final/{part}_{i}.JPG")
-
+    for part, labels in (("train", (1, 1, 2)), ("test", (11319, 11320))):
+        rows = [f"{i} {label} 1 bicycle_final/{part}_{i}.JPG" for i, label in enumerate(labels)]
+        put(root / f"Ebay_{part}.txt", text="\n".join(["image_id class_id super_class_id path", *rows]))
+        put(*(root / row.split()[3] for row in rows))
 
 def cars(root):
-    names = [f"Make Model {i}" for i in range(1, 197)]
-    names[97] = "Ram C/V Cargo Van"                                             # class 98; a - on disk
-    put(root / "names.csv", "\n".join(names) + "\n")
-    for division, rows in (("train", [("00001.jpg", 98), ("00002.jpg", 99)]), ("test", [("00001.jpg", 1), ("00002.jpg", 196)])):
-        put(root / f"anno_{division}.csv", "".join(f"{file},1,2,3,4,{c}\n" for file, c in rows))
-        for file, c in rows:
-            put(root / "car_data/car_data" / division / names[c - 1].replace("/", "-") / file)
-
+    models = {label: f"Model {label}" for label in range(1, 197)} | {98: "Ram C/V Cargo Van"}  # a - on disk
+    put(root / "names.csv", text="\n".join(models.values()) + "\n\n")
+    for part, labels in (("train", (98, 99)), ("test", (1, 196))):
+        put(root / f"anno_{part}.csv", text="\n".join(f"{i}.jpg,1,2,3,4,{i}" for i in labels) + "\n\n")
+        put(*(root / "car_data/car_data" / part / models[i].replace("/", "-") / f"{i}.jpg" for i in labels))
 
 @pytest.mark.parametrize("name, write, top, train_labels, test_labels", [
-    ("cub", cub, "CUB_200_2011", [1, 100], [101, 200]), ("cars", cars, "", [98, 1], [99, 196]),
-    ("sop", sop, "Stanford_Online_Products", [1, 1, 2], [11319, 11320])])
+    ("CUB", cub, "CUB_200_2011", [1, 100], [101, 200]), ("cars", cars, "", [98, 1], [99, 196]),
+    ("Sop", sop, "Stanford_Online_Products", [1, 1, 2], [11319, 11320])])
 def test_published_layouts(tmp_path, name, write, top, train_labels, test_labels):
-    """Split by class id, with and without the archive's own folder; whole or refused."""
-    for root in {tmp_path / "plain", tmp_path / "wrapped" / top}:
-        write(root)
+    """Names in any case; split by class id; with and without the archive's folder; whole or refused."""
     for root in (tmp_path / "plain", tmp_path / "wrapped"):
+        write(root / top if root.name == "wrapped" else root)
         for split, labels in (("train", train_labels), ("test", test_labels)):
             dataset = load_dataset(name, str(root), split, check=False)
-            assert dataset.labels == labels and dataset.image(0).size == (8, 8)
-    with pytest.raises(ValueError, match=f"{name} lists {len(train_labels)} images .* {data.COUNTS[name]['train']} are expected"):
+            assert dataset.labels == labels and dataset.image(0).size == (50, 40)
+    with pytest.raises(ValueError, match=f"{data.COUNTS[name.lower()]['train']} are expected"):
         load_dataset(name, str(root))
     os.remove(dataset.paths[1])
-    with pytest.raises(FileNotFoundError, match=f"1 of the 2 images of {name} are missing .*{re.escape(dataset.paths[1])}"):
+    with pytest.raises(FileNotFoundError, match=f"1 of the 2 .* missing .*{re.escape(dataset.paths[1])}"):
         load_dataset(name, str(root), "test")
-    with pytest.raises(FileNotFoundError, match=f"no {name} in .* is expected"):
-        load_dataset(name, str(tmp_path / "nowhere"))
 
+def test_cars_as_published(tmp_path):
+    rows = [(f"car_ims/{label}.jpg", label) for label in (98, 99, 3)]
+    put(*(tmp_path / name for name, _ in rows))
+    rows = np.array(rows, dtype=[("relative_im_path", object), ("class", object)])
+    pytest.importorskip("scipy.io").savemat(tmp_path / "cars_annos.mat", {"annotations": rows})
+    assert load_dataset("cars", str(tmp_path), check=False).labels == [98, 3]
 
-def test_cars_as_published_needs_scipy(tmp_path):
-    put(tmp_path / "cars_annos.mat", "")
-    try:
-        from scipy.io import savemat
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install scipy"):
-            load_dataset("cars", str(tmp_path))
-        return
-    rows = np.array([("car_ims/1.jpg", 98), ("car_ims/2.jpg", 99), ("car_ims/3.jpg", 98)],
-                    dtype=[("relative_im_path", object), ("class", object)])
-    savemat(tmp_path / "cars_annos.mat", {"annotations": rows})
-    for i in (1, 2, 3):
-        put(tmp_path / f"car_ims/{i}.jpg")
-    assert load_dataset("cars", str(tmp_path), check=False).labels == [98, 98]
+def test_splits_and_the_quirks_of_folders(tiny, tmp_path):
+    splits = lambda name: [load_dataset(name, "", split).labels for split in ("train", "test", "fit", "val")]
+    assert [{*labels} for labels in splits(str(tiny))] == [{0, 1, 2}, {3, 4, 5}, {0, 1}, {2}]
+    drawn = splits("synthetic")
+    assert [*map(len, drawn)] == [960, 960, 480, 480] and not {*drawn[0]} & {*drawn[1]}
+    odd = shutil.copytree(tiny, tmp_path / "odd")
+    put(odd / "class0" / "notes.txt", text="not an image")
+    (odd / "class0" / "again").symlink_to(odd)                  # a loop
+    (odd / "self").symlink_to(odd / "self")
+    (odd / "empty").mkdir()
+    assert len(load_dataset("a name", str(odd))) == 18 and len(data.list_images(odd)) == 27
 
+# ------------------------------------------------------------------------- runs of one process and of several
+def test_the_readmes_benchmark(tmp_path, monkeypatch, capsys, start, start_method):
+    """Its lines, word for word and in order, on a replica of CUB; made small by options behind each."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"## Reproduce a benchmark\n((\n|    .*)+)", (HERE / "README.md").read_text())[1]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("    python")]
+    assert [line[1] for line in lines] == ["data.py", "train.py", "distill.py", "train.py", "evaluate.py"]
+    download, teacher, student, baseline, table = (line[2:] for line in lines)
+    cub(tmp_path / "www" / "CUB_200_2011", each=6)
+    monkeypatch.setitem(data.COUNTS, "cub", {"train": 12, "test": 12})
+    monkeypatch.setattr(data, "download_and_extract_archive", lambda url, root, md5: (
+        (url, md5) == data.DOWNLOADS["cub"] and shutil.copytree("www", root)))
+    data.main(download)
+    autocast, forward, how = [], EmbeddingNet.forward, {"workers": 2, "precision": "bfloat16"}
+    monkeypatch.setattr(EmbeddingNet, "forward", lambda net, images: autocast.append(
+        torch.is_autocast_enabled("cpu") or not images.any()) or forward(net, images))  # black: for their cost
+    train.main(teacher + small(None, None, size=48, **how))
+    student += distilled(None, None, weights=None, **how)
+    distill.main(student)
+    train.main(baseline + small(None, None, size=32, **how))
+    made = Path("runs/cub-48to32-seed1234")
+    assert f"{made}/model.pt".replace("48to32", "448to224") == table[table.index("--student") + 1]
+    assert {*os.listdir(made)} == {"model.pt", "log.jsonl", "options.json", "queries.png"}
+    log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1] and {
+        "step", "lr", "images_per_s", "absolute", "teacher-student", "student-student"} <= log[0].keys()
+    # Killed wherever it is, in the middle of writing too, and continued where the data lie elsewhere.
+    monkeypatch.setattr(train, "MINUTES", 0)                    # a checkpoint before every step
+    student, seconds, kills = [*student, "--out", "killed"], 0.3, 0
+    while end(process := start(lambda: distill.main(student)), seconds) == [None]:
+        process[0].kill()
+        seconds, kills = 1.3 * seconds, kills + 1
+        if kills == 3:
+            student += ["--root", shutil.move("data", "moved")]
+    assert end(process) == [0] and kills >= 3
+    assert fingerprint(load_checkpoint("killed/model.pt")) == fingerprint(load_checkpoint(made / "model.pt"))
+    shutil.move("moved", "data")
+    start_method("forkserver")
+    how = "--workers 1 --device cpu --precision bfloat16".split()
+    students = ["--student", f"{made}/model.pt", "killed/model.pt"]
+    evaluate.main([*table, *students, *"--json t.json --figure f.png --ks 1 2".split(), *how])
+    rows = json.loads(Path("t.json").read_text())
+    assert [(row["query px"], row["database px"]) for row in rows] == [
+        (48, 48), (32, 48), (32, 32), (32, 48), (32, 32), (32, 48), (32, 32)]
+    assert [row["R@2"] for row in rows[3:5]] == [row["R@2"] for row in rows[5:]]
+    assert Image.open("f.png").width > 1000
+    # A folder of images, indexed by the teacher, searched by the student alone.
+    put("www/broken.jpg", text="not an image")
+    evaluate.main([*table[:2], "--database", "www", "--index", "i.pt", *how])
+    said, paths = capsys.readouterr(), read_checkpoint("i.pt")["paths"]
+    assert "24 images" in said.out and "1 skipped" in said.out and "broken.jpg" in said.err
+    search = [*students[:2], "--query", paths[7], "--top", "30", *how, "--index"]
+    evaluate.main([*search, "i.pt"])
+    first, *answers = capsys.readouterr().out.splitlines()
+    scores, found = zip(*(answer.split(maxsplit=1) for answer in answers))
+    assert first == paths[7] and {*found} == {*paths} and [*scores] == sorted(scores, key=float)[::-1]
+    evaluate.main(["--teacher", "runs/cub-224/model.pt", "--database", "www", "--index", "o.pt", *how])
+    assert "another network" in fails(capsys, evaluate, *search, "o.pt")
+    assert len(autocast) > 50 and all(autocast) and not multiprocessing.active_children()
 
-def test_folders_and_their_quirks(tiny, tmp_path):
-    splits = {split: load_dataset(str(tiny), None, split) for split in ("train", "test", "fit", "val")}
-    assert {k: sorted(set(d.labels)) for k, d in splits.items()} == {"train": [0, 1, 2], "test": [3, 4, 5], "fit": [0, 1], "val": [2]}
-    assert len(splits["train"]) == 18 and len(load_dataset("a name", str(tiny))) == 18
-    shutil.copytree(tiny, tmp_path / "odd")
-    (tmp_path / "odd" / "class0" / "notes.txt").write_text("not an image")
-    (tmp_path / "odd" / "class0" / "again").symlink_to(tmp_path / "odd")        # a loop
-    (tmp_path / "odd" / "self").symlink_to(tmp_path / "odd" / "self")
-    (tmp_path / "odd" / "empty").mkdir()
-    assert load_dataset(str(tmp_path / "odd")).labels == splits["train"].labels
-    assert len(data.list_images(tmp_path / "odd")) == 27
-    for bad in (tmp_path / "nothing", tmp_path / "odd" / "empty", tiny / "class0"):
-        with pytest.raises(FileNotFoundError, match="one sub-folder of images per class"):
-            load_dataset(str(bad))
+def test_ten_epochs_from_random_weights(tiny, tmp_path, monkeypatch):
+    """Batch-norm statistics train for 7, then stand still; two workers; the rate is annealed to its end."""
+    options = train.parse(small(tiny, tmp_path, epochs=10, size=32, workers=2))
+    sizes = lambda count: [[p.stop - p.start for p in step] for step in train.divide(range(count), options)]
+    assert sizes(20) == [[4, 4], [4, 4], [4]] and sizes(17) == [[4, 4], [4, 5]] and sizes(1) == [[1]]
+    seen, workers, mine, rates, step = [], [], train.mine, [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *how: rates.append(
+        self.param_groups[0]["lr"]) or step(self, *how))
+    monkeypatch.setattr(train, "mine", lambda net, *how: seen.append(net.backbone[1].running_var.clone()) or (
+        workers.append(multiprocessing.active_children())) or mine(net, *how))
+    net = train.train(options)
+    seen.append(net.backbone[1].running_var)
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [False] * 7 + [True] * 3
+    assert max(map(len, workers)) == 2 and not multiprocessing.active_children() and not net.frozen_batchnorm
+    assert len(rates) == 10 * len(sizes(12)) and max(rates) > 9e-4
+    assert rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(1e-8)
 
+def test_precision(monkeypatch):
+    """By itself it is bfloat16 where the card has that; float32 is not TF32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: has)
+    for has, precision in ((True, "bfloat16"), (False, "float32")):
+        assert evaluate.set_precision("auto", torch.device("cuda")) == precision
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
 
-def test_the_embedded_data_set():
-    (images, labels), (_, others) = data.synthetic("train"), data.synthetic("test")
-    assert images.shape == (960, 80, 80, 3) and len(others) == 960 and not set(labels) & set(others)
-    assert np.bincount(labels).tolist() == [8] * 120
-    assert len(load_dataset("synthetic", split="val")) == 480 and images[0].std() > 20
+def test_a_student_and_its_teacher(teacher, tmp_path, monkeypatch):
+    """An epoch is --images of the images, drawn anew; the teacher stays as it is."""
+    orders, epoch = [], Views.epoch
+    monkeypatch.setattr(Views, "epoch", lambda self, number, order, parts: orders.append(
+        {*order.tolist()}) or epoch(self, number, order, parts))
+    student, net = student_of(teacher, tmp_path, images=10)
+    assert [*map(len, orders)] == [10, 10] and orders[0] != orders[1]
+    assert fingerprint(net) == fingerprint(load_checkpoint(teacher)) == student.teacher
+    assert all(p.grad is None and not p.requires_grad for p in net.parameters())
+    assert torch.equal(student.backbone[1].running_var, net.backbone[1].running_var)
 
+def test_regression_sees_the_evaluation_crops(teacher, tmp_path):
+    """Both networks the same ones: a student that is its teacher has nothing to learn."""
+    student_of(teacher, tmp_path, regression=True, student_size=48, lr=1e-12)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])["absolute"] < 1e-9
 
-def test_download_verifies_and_unpacks(tmp_path, monkeypatch, capsys):
-    """Against a server on this machine; a file that is not the published one is refused."""
-    cub(tmp_path / "CUB_200_2011")
-    (tmp_path / "www").mkdir()
-    with tarfile.open(tmp_path / "www" / "CUB_200_2011.tgz", "w:gz") as archive:
-        archive.add(tmp_path / "CUB_200_2011", "CUB_200_2011")
-    md5 = hashlib.md5((tmp_path / "www" / "CUB_200_2011.tgz").read_bytes()).hexdigest()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/CUB_200_2011.tgz"
-        monkeypatch.setattr(data, "COUNTS", {"cub": {"train": 2, "test": 2}})
-        monkeypatch.setattr(data, "DOWNLOADS", {"cub": (url, md5)})
-        data.main(["cub", "--root", str(tmp_path / "here")])
-        assert "cub test: 2 images, all there" in capsys.readouterr().out
-        monkeypatch.setattr(data, "DOWNLOADS", {"cub": (url, "0" * 32)})
-        assert "could not be downloaded whole" in fails(capsys, data, "cub", "--root", tmp_path / "there")
-        server.shutdown()
-    assert "copies are on Kaggle" in fails(capsys, data, "cars", "--root", tmp_path)
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, start, capfd):
+    save_checkpoint(tmp_path / "n.pt", small_net(dim=4))
+    def main():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
+        save_checkpoint(tmp_path / "n.pt", small_net())
+    assert end(start(main)) == [2] and "the previous one is intact" in capfd.readouterr().err
+    assert load_checkpoint(tmp_path / "n.pt").dim == 4 and os.listdir(tmp_path) == ["n.pt"]
 
+def test_out_of_memory(teacher, tiny, tmp_path, monkeypatch, capsys):
+    """The advice, when followed, ends where a run with room enough does. Embedding takes smaller batches."""
+    (wide, net), dataset = student_of(teacher, tmp_path / "a", forward=8), load_dataset(str(tiny))
+    embeddings, room, calls, forward = extract(net, dataset, 48), 8, itertools.count(), EmbeddingNet.forward
+    def limited(net, images):
+        if len(images) > room and next(calls) > 6:              # not at once
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(net, images)
+    monkeypatch.setattr(EmbeddingNet, "forward", limited)
+    assert "lower --forward (now 8)" in fails(capsys, distill, *distilled(teacher, tmp_path / "b", forward=8))
+    assert read_checkpoint(tmp_path / "b" / "model.pt")["training"]["epoch"] == 1
+    assert_close(student_of(teacher, tmp_path / "b", forward=4)[0].state_dict(), wide.state_dict())
+    close(extract(net, dataset, 48), embeddings)
+    room = 0
+    with pytest.raises(MemoryError, match="memory with a single image"):
+        extract(net, dataset, 48)
 
-# -------------------------------------------------------------------------------------------------------------- a run
+@pytest.fixture
+def together(start, tmp_path):
+    """together(count, function): what the function returns in each of `count` processes of one program."""
+    def together(count, function):
+        main = lambda: torch.save(function(), tmp_path / f"result{data.PROCESSES['rank']}")
+        assert end(start(main, count)) == [0] * count
+        return [torch.load(tmp_path / f"result{rank}") for rank in range(count)]
+    return together
 
-def program(*argv, **how):
-    """A program of this project in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+def assert_close(ours, theirs):
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).float().norm() <= 1e-2 * tensor.float().norm(), name
 
+def test_two_processes_distil_as_one(teacher, tmp_path, together, start, capfd):
+    """Steps of 4 and 3 forward passes. One process dies: the other says so, and one alone goes on."""
+    drawn = dict(dataset="synthetic", images=56, batch=32, forward=8, epochs=1)
+    student = lambda name: student_of(teacher, tmp_path / name, **drawn)[0].state_dict()
+    def dying():
+        train.MINUTES = 0                                       # a checkpoint before every step
+        if data.PROCESSES["rank"]:
+            torch.optim.AdamW.step = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        student("half")
+    (one,), (two, _) = together(1, lambda: student("one")), together(2, lambda: student("two"))
+    assert_close(two, one)
+    capfd.readouterr()
+    assert end(start(dying, 2), 20) == [2, -signal.SIGKILL]
+    assert re.fullmatch("error: another process .*\n", capfd.readouterr().err)
+    assert read_checkpoint(tmp_path / "half" / "model.pt")["training"]["step"] == 1
+    assert_close(student("half"), one)
 
-def test_the_whole_chain_through_the_command_line(tiny, tmp_path):
-    """train, distil, evaluate, index, search."""
-    teacher, student = tmp_path / "t" / "model.pt", tmp_path / "s" / "model.pt"
-    run = program("train.py", *TINY(tiny, tmp_path / "t"), "--size", 48)
-    assert run.returncode == 0 and "48" in run.stdout, run.stderr
-    run = program("distill.py", "--teacher", teacher, "--student-size", 32, "--out", tmp_path / "s", "--epochs", 2, "--batch", 8,
-                  "--copies", 3, "--workers", 0, "--device", "cpu")             # its network and start are the teacher's
-    assert run.returncode == 0 and "student, asymmetric" in run.stdout and (tmp_path / "s" / "queries.png").exists(), run.stderr
-    log = [json.loads(line) for line in (tmp_path / "s" / "log.jsonl").read_text().splitlines()]
-    assert {"absolute", "teacher-student", "student-student", "lr", "images_per_s"} <= log[-1].keys() and log[-1]["epoch"] == 1
-    assert {"command", "options", "versions"} == json.loads((tmp_path / "s" / "options.json").read_text()).keys()
-    run = program("evaluate.py", "--teacher", teacher, "--student", student, student, "--json", tmp_path / "table.json",
-                  "--figure", tmp_path / "f.png", "--figure-by", "disagreement", "--workers", 0)
-    assert run.returncode == 0, run.stderr
-    table = json.loads((tmp_path / "table.json").read_text())
-    assert [row["query px"] for row in table] == [48, 32, 32, 32, 32, 32] and all(0 <= row["R@1"] <= 100 for row in table)
-    assert table[2]["GFLOPs/query"] < table[0]["GFLOPs/query"] and Image.open(tmp_path / "f.png").width > 1000
-    (tiny / "class0" / "broken.png").write_text("x")
-    run = program("evaluate.py", "--teacher", teacher, "--database", tiny, "--index", tmp_path / "i.pt", "--workers", 0)
-    (tiny / "class0" / "broken.png").unlink()
-    assert "27 images" in run.stdout and "1 skipped" in run.stdout and "broken.png" in run.stderr, run.stderr
-    teacher.rename(tmp_path / "away.pt")                                        # a search needs the student only
-    wanted = str(tiny / "class1" / "2.png")
-    run = program("evaluate.py", "--student", student, "--index", tmp_path / "i.pt", "--query", wanted, "--top", 27)
-    lines = run.stdout.splitlines()
-    assert lines[0] == wanted and len(lines) == 28 and any(wanted in line for line in lines[1:]), run.stderr
+def test_two_processes_train_and_embed_as_one(tiny, tmp_path, together, monkeypatch):
+    """From given weights, with which batch-norm statistics stand still; if they train, the same in both."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4).state_dict(), "given")
+    run = lambda count, weights: together(
+        count, lambda: trained(tiny, f"{weights}{count}", weights=weights).state_dict())
+    assert_close(run(2, "given")[0], run(1, "given")[0])
+    first, second = run(2, "random")
+    assert all(torch.equal(first[name], second[name]) for name in first if "num_batches" not in name)
+    net, dataset = small_net(), load_dataset(str(tiny))
+    (one,), (two, other) = (together(n, lambda: extract(net, dataset, 48, batch_size=4)) for n in (1, 2))
+    assert torch.equal(one, two) and torch.equal(one, other)
 
+def test_ctrl_c_saves_once_and_a_folder_has_one_program(tiny, tmp_path, start, capfd):
+    argv, path = small(tiny, tmp_path / "r", epochs=500, size=32, workers=1), tmp_path / "r" / "model.pt"
+    programs = start(lambda: train.main(argv), 2)
+    while not path.exists():
+        programs[0].join(0.02)
+    assert "another program is at work" in fails(capfd, train, *argv)
+    for program in programs:
+        os.killpg(program.pid, signal.SIGINT)                   # as a terminal does, workers included
+    assert end(programs) == [130, 130]
+    said, saved = capfd.readouterr().err, read_checkpoint(path)["training"]
+    assert said.count(f"stopped after epoch {saved['epoch']}, step {saved['step']}; ") == 1
+    assert "Traceback" not in said and "the same command continues" in said
 
-def test_schedule_ends_with_the_steps(tiny, tmp_path, monkeypatch, quiet):
-    """As many as were planned, a smaller last step of an epoch included, and the learning rate is annealed to its end."""
-    seen = []
-    step = torch.optim.lr_scheduler.OneCycleLR.step
-    monkeypatch.setattr(torch.optim.lr_scheduler.OneCycleLR, "step",
-                        lambda self, *a: (seen.append((self.total_steps, self.optimizer.param_groups[0]["lr"])), step(self, *a)))
-    options = train.parse(TINY(tiny, tmp_path, batch=8))
-    options.size = 32
-    train.train(options)
-    steps = seen[1:]                                                            # the first call is the constructor's
-    assert len(steps) == steps[0][0] == 2 * len(train.divide(torch.arange(12), 8, 4))
-    lr = [rate for _, rate in steps]
-    assert lr[0] == pytest.approx(1e-4) and max(lr) > 5e-4 and lr[-1] == pytest.approx(1e-8)     # div_factor 10 and 1e4
+def test_torchrun(teacher, tmp_path):
+    """Process 0 alone talks, draws and writes."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 distill.py".split()
+    told = subprocess.check_output(torchrun + distilled(teacher, tmp_path, epochs=1), cwd=HERE, timeout=100)
+    assert told.count(b"student, asymmetric") == 1
+    assert {*os.listdir(tmp_path)} == {"model.pt", "log.jsonl", "options.json", "queries.png"}
 
+# --------------------------------------------------------------------------------------- options and mistakes
+def test_what_a_student_inherits(tiny, teacher, tmp_path, capsys):
+    """Validation classes, no whitening; a teacher is the same by another path, not with other weights."""
+    plain, moved, done = tmp_path / "t" / "model.pt", tmp_path / "moved.pt", tmp_path / "s" / "model.pt"
+    trained(tiny, tmp_path / "t", epochs=1, size=48, dim=0, validation=True)
+    options, _ = distill.parse(distilled(plain, tmp_path / "s"))
+    assert (options.validation, options.dim, options.root, options.teacher_size) == (True, 0, str(tiny), 48)
+    for program in (distill, evaluate):
+        assert "--validation" in fails(capsys, program, "--teacher", plain, "--no-validation")
+    assert student_of(plain, tmp_path / "s", epochs=1)[0].dim == 512
+    before = done.stat().st_mtime_ns
+    student_of(plain.rename(moved), tmp_path / "s", epochs=1)   # finished: loaded, not trained again
+    assert done.stat().st_mtime_ns == before
+    for net, lr, difference in ((moved, 0.5, "its --lr is 0.001, not 0.5"), (teacher, 1e-3, "another run")):
+        assert difference in fails(capsys, distill, *distilled(net, tmp_path / "s", epochs=1, lr=lr))
 
-def test_divide():
-    lengths = lambda rows, batch, forward: [[len(part) for part in step] for step in train.divide(torch.arange(rows), batch, forward)]
-    assert lengths(20, 8, 3) == [[3, 3, 2], [3, 3, 2], [4]] == lengths(20, 8, 3)
-    assert lengths(17, 8, 8) == [[8], [9]] and lengths(1, 8, 8) == [[1]]        # a lone image joins the step before
+def test_a_run_without_a_teacher_trains_its_own(tiny, tmp_path, monkeypatch, capsys):
+    """In folders of its own: none that nobody named is in the way of other options. A NaN stops it."""
+    monkeypatch.chdir(tmp_path)
+    recipe = {**train.RECIPES["teacher"]["folder"], "epochs": 2, "batch": 8}
+    monkeypatch.setitem(train.RECIPES["teacher"], "folder", recipe)
+    argv, calls = small(tiny, None, teacher_size=48, student_size=32, copies=2, epochs=1), itertools.count(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "triplet_loss", lambda *e: triplet_loss(*e) / (next(calls) < 4))
+        assert "not finite at epoch 1, step 2" in fails(capsys, distill, *argv, "--forward", "8")
+    for options in (["--dim", "4"], [], ["--seed", "2"], ["--dim", "4"]):
+        distill.main(argv + options)
+    assert len([*Path("runs").glob("*/model.pt")]) == 3 and len([*Path("runs").glob("*/[bt]*/model.pt")]) == 6
 
-
-def test_accumulated_steps_are_the_whole_step(tiny, tmp_path, quiet):
-    """With frozen batch-norm, 2 images at a time or 8 give the same weights."""
-    weights = []
-    for forward in (2, 8):
-        options, _ = distill.parse(TINY(tiny, tmp_path / str(forward), forward=forward, epochs=1) + ["--no-mixup", "--copies", "2",
-                                   "--student-size", "32", "--teacher-size", "32", "--weights", "teacher"])
-        teacher = EmbeddingNet("resnet10", dim=8, pretrained=False)
-        teacher.load_state_dict(EmbeddingNet("resnet10", dim=8, pretrained=False).state_dict() if not weights else start)
-        start = {k: v.clone() for k, v in teacher.state_dict().items()}
-        teacher.frozen_batchnorm = True
-        weights.append(distill.distill(teacher, options).whiten.weight.detach())
-    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-3)
-    assert not torch.equal(weights[0], start["whiten.weight"])
-
-
-def test_killed_and_continued_is_as_if_nothing_had_happened(tiny, tmp_path):
-    """SIGKILL at random moments, in the middle of writing too, a checkpoint at every step: the same weights to the bit."""
-    command = lambda out: [sys.executable, "train.py", *TINY(tiny, out, epochs=6), "--size", "32", "--minutes", "0"]
-    how = dict(cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert subprocess.run(command(tmp_path / "whole"), **how).returncode == 0
-    draw, kills = random.Random(0), 0
-    path = tmp_path / "killed" / "model.pt"
-    for attempt in range(8):
-        run = subprocess.Popen(command(tmp_path / "killed"), **how)
-        while run.poll() is None and not (path.exists() if attempt % 2 else Path(f"{path}.tmp").exists()):
-            time.sleep(0.001)                                                   # odd: at work; even: while it writes
-        time.sleep(draw.random() * (0.3 if attempt % 2 else 0.002))
-        kills += run.poll() is None
-        run.kill()
-        run.communicate()
-        if attempt % 2:
-            assert load_checkpoint(path).dim == 8                               # never half a file
-    assert kills >= 4
-    final = subprocess.run(command(tmp_path / "killed"), **how)
-    assert final.returncode == 0, final.stderr
-    ours, whole = (load_checkpoint(tmp_path / name / "model.pt").state_dict() for name in ("killed", "whole"))
-    assert all(torch.equal(ours[key], whole[key]) for key in whole)
-    epochs = [[json.loads(line)["epoch"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("killed", "whole")]
-    assert epochs[0] == epochs[1] == list(range(6))
-
-
-def test_ctrl_c_saves_and_says_so(tiny, tmp_path):
-    run = subprocess.Popen([sys.executable, "train.py", *TINY(tiny, tmp_path / "r", epochs=500, workers=1), "--size", "32"], cwd=HERE,
-                           stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "r" / "log.jsonl").exists() or not (tmp_path / "r" / "log.jsonl").read_text():
-        time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGINT)                                           # as a terminal does, workers included
-    error = run.communicate(timeout=60)[1]
-    assert run.returncode == 130 and "is saved, and the same command continues" in error and "Traceback" not in error
-    saved = asymres.read_checkpoint(tmp_path / "r" / "model.pt")["training"]
-    assert f"stopped after epoch {saved['epoch']}, step {saved['step']};" in error and saved["epoch"] >= 1 and saved["step"] > 0
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path):
-    """A limit on file size stands for the disk: the first checkpoint fits, the next one, with AdamW's state, does not."""
-    argv, path = TINY(tiny, tmp_path / "r"), tmp_path / "r" / "model.pt"
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30 * 2**20, 30 * 2**20));"
-            "import data, train; data.run_command(lambda: train.main(sys.argv[1:]))")
-    run = program("-c", code, *argv, "--size", 32)
-    assert run.returncode == 2 and "could not be written" in run.stderr and "the previous one is intact" in run.stderr
-    assert "Traceback" not in run.stderr and not (tmp_path / "r" / "model.pt.tmp").exists()
-    assert asymres.read_checkpoint(path)["training"]["epoch"] == 0
-    train.main(argv + ["--size", "32"])                                         # space again: the same command continues
-    assert "training" not in asymres.read_checkpoint(path)
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
-    try:
-        with pytest.raises(OSError, match="the previous one is intact"):
-            save_checkpoint(path, load_checkpoint(path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and not (tmp_path / "r" / "model.pt.tmp").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
-
-@pytest.fixture(scope="module")
-def teacher(tiny, tmp_path_factory):
-    """A checkpoint of a teacher at 48 px, 8-D, one epoch."""
-    out = tmp_path_factory.mktemp("teacher")
-    train.main(TINY(tiny, out / "t", epochs=1) + ["--size", "48"])
-    return out / "t" / "model.pt"
-
-
-@pytest.mark.parametrize("sentence, flags", [
-    ("one sub-folder of images per class", {"dataset": "/nowhere"}), ("one sub-folder of images per class", {"dataset": HERE / ".ci"}),
-    ("cub needs its folder, which holds images.txt", {"dataset": "cub"}), ("resnet18, resnet10", {"arch": "resnet1O"}),
-    ("at least two groups", {"batch": 4}), ("at least two groups", {"batch": 10}), ("finds no CUDA GPU", {"device": "cuda"}),
-    ("must be above 0", {"epochs": 0}), ("at most 1, not 7.0", {"crop": 7}), ("unknown pooling", {"pooling": "avg"}),
-    ("16 px is too small for vgg11", {"arch": "vgg11", "size": 16}), ("resnet10 has no ImageNet weights", {"weights": "imagenet"}),
-    ("there is no checkpoint here.pth", {"weights": "here.pth"}), ("cannot be negative", {"dim": -1})])
-def test_mistakes_are_found_before_training(tiny, tmp_path, capsys, sentence, flags):
-    if sentence == "finds no CUDA GPU" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert sentence in fails(capsys, train, *TINY(tiny, tmp_path / "o", **flags))
-    assert not (tmp_path / "o").exists()
-
-
-def test_too_few_classes_or_images(tmp_path, capsys):
-    for label in range(4):
-        for i in range(3):
-            put(tmp_path / "d" / f"c{label}" / f"{i}.png")
-    assert "triplets need 2 classes, and one with 4 images" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o"))
-    for label in (2, 3):
-        shutil.rmtree(tmp_path / "d" / f"c{label}")
-    assert "1 training classes" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o"))
-
-
-def test_teachers_that_do_not_fit(teacher, tiny, tmp_path, capsys):
-    argv = [*TINY(tiny, tmp_path / "o", epochs=1, forward=8), "--student-size", "32", "--copies", "1"]
-    whole = teacher.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
-    for name, sentence in (("none.pt", "there is no checkpoint"), ("cut.pt", "is not a readable checkpoint"),
-                           ("text.pt", "is not a readable checkpoint"), ("other.pt", "is not a checkpoint of this project")):
-        assert sentence in fails(capsys, distill, *argv, "--teacher", tmp_path / name)
-    assert "--dim 16: the teacher has 8 dimensions" in fails(capsys, distill, *argv, "--teacher", teacher, "--dim", 16)
-    assert "the student is a mobilenet_v3_small, the teacher a resnet10" in fails(
-        capsys, distill, *argv, "--teacher", teacher, "--arch", "mobilenet_v3_small", "--weights", "teacher")
-    distill.main([*argv, "--teacher", str(teacher), "--teacher-size", "40", "--student-size", "56"])
-    said = capsys.readouterr().err
-    assert "warning: the teacher was trained at 48 px and is used at 40" in said
-    assert "warning: the student's images (56 px) are larger than the teacher's (40)" in said
-
-
-def test_a_folder_of_another_run(teacher, tiny, capsys):
-    out = teacher.parent
-    assert "its --lr is 0.001, not 0.5" in fails(capsys, train, *TINY(tiny, out, epochs=1, lr=0.5), "--size", 48)
-    assert "its --size is 48, not 32" in fails(capsys, train, *TINY(tiny, out, epochs=1), "--size", 32)
-    train.main(TINY(tiny, out, epochs=1) + ["--size", "48"])                    # finished: loaded, not trained again
-    assert "step" not in capsys.readouterr().err
-
-
-def test_evaluate_refuses(teacher, tiny, tmp_path, capsys):
-    index, other = tmp_path / "i.pt", EmbeddingNet("resnet10", dim=8, pretrained=False)
-    evaluate.main(["--teacher", str(teacher), "--database", str(tiny / "class0"), "--index", str(index), "--workers", "0"])
-    for name, net, change in (("alien.pt", other, "made by another network"), ("d4.pt", EmbeddingNet("resnet10", dim=4, pretrained=False),
-                                                                               "has 4 dimensions, the index")):
-        net.teacher, net.size = "0" * 16, 32
-        save_checkpoint(tmp_path / name, net)
-        assert change in fails(capsys, evaluate, "--student", tmp_path / name, "--index", index, "--query", tiny / "class0" / "0.png")
-    assert "has 4 dimensions, its teacher" in fails(capsys, evaluate, "--teacher", teacher, "--student", tmp_path / "d4.pt")
-    assert "is not an index" in fails(capsys, evaluate, "--student", teacher, "--index", teacher, "--query", tiny / "class0" / "0.png")
-    assert "no images under" in fails(capsys, evaluate, "--teacher", teacher, "--database", tmp_path, "--index", index)
-    assert "cannot be read as an image" in fails(capsys, evaluate, "--student", teacher, "--index", index, "--query", tmp_path / "no.png")
-    assert "--teacher is needed" in fails(capsys, evaluate)
-    evaluate.main(["--student", str(teacher), "--index", str(index), "--query", str(tiny / "class0" / "3.png"), "--top", "2"])
-    answer = capsys.readouterr().out.splitlines()
-    assert answer[1].split() == ["1.0000", str(tiny / "class0" / "3.png")] and len(answer) == 3
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named(tiny, tmp_path, capsys, workers):
-    shutil.copytree(tiny, tmp_path / "d")
-    bad = tmp_path / "d" / "class1" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:300])
-    assert f"{bad} cannot be read as an image" in fails(capsys, train, *TINY(tmp_path / "d", tmp_path / "o", workers=workers), "--size", 32)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, capsys, monkeypatch):
-    """At that step; the checkpoint is the last good one."""
-    real, calls = train.triplet_loss, []
-    monkeypatch.setattr(train, "triplet_loss", lambda *a: real(*a) * (math.nan if calls.append(1) or len(calls) == 4 else 1))
-    sentence = fails(capsys, train, *TINY(tiny, tmp_path, forward=8, epochs=9), "--size", 32)
-    assert "not finite at epoch 1, step 2 (triplet nan)" in sentence and "last good checkpoint" in sentence
-    saved = asymres.read_checkpoint(tmp_path / "model.pt")
-    assert saved["training"]["epoch"] == 1 and all(v.isfinite().all() for v in saved["state_dict"].values())
-
-
-def test_out_of_gpu_memory_says_what_to_lower(tiny, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "triplet_loss", full)
-    assert "lower --forward (now 4)" in fails(capsys, train, *TINY(tiny, tmp_path), "--size", 32)
-
-
-def test_weights_that_cannot_be_downloaded(monkeypatch, tiny, tmp_path, capsys):
-    """One sentence with the two ways out; and a file of torchvision's weights is one."""
-    def offline(*_, **__):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+@pytest.mark.parametrize("program, options, sentence", [
+    *((T, bad, bad.split()[0]) for bad in ("--crop 7", "--dim -1", "--epochs 0", "--images 0", "--lr 0")),
+    *((D, bad, bad.split()[0]) for bad in ("--copies 0", "--device gpu", "--validation", "--dim 16")),
+    *((E, f"--teacher TEACHER {bad}", bad.split()[0]) for bad in ("--ks 0", "--device gpu", "--validation")),
+    *((D, f"--teacher {file}", "is not a readable checkpoint") for file in ("CUT", "TEXT", "EVIL", "OLD")),
+    (T, "--dataset /nowhere", "one sub-folder of images per class"), (T, "--dataset cub", "images.txt"),
+    (T, "--dataset FEW", "two such classes"), (T, "--dataset cars --root CARS", "pip install scipy"),
+    (T, "--dataset BAD", "3.png cannot be read"), (T, "--dataset BAD --workers 2", "3.png cannot be read"),
+    (T, "--batch 4", "two groups"), (T, "--batch 10", "groups of 4"), (T, "--pooling avg", "pooling 'avg'"),
+    (T, "--arch resnet1O", "resnet1O"), (T, "--arch vit_b_16", "no feature map"),
+    (T, "--arch timm/resnet18", "pip install timm"), (T, "--size 16 --arch vgg11", "too small"),
+    (T, "--arch regnet_y_128gf --weights imagenet", "regnet_y_128gf"), (T, "--device cuda", "no CUDA GPU"),
+    (T, "--arch squeezenet1_1 --weights imagenet", "--weights FILE"), (T, "--weights w.pt", "no checkpoint"),
+    (T, "--weights OTHER", "not hold weights of resnet10"), (T, "--dataset SOP --root CARS", "no sop"),
+    (D, "--arch vgg11", "--weights teacher"), (D, "--teacher OTHER", "not a checkpoint of this project"),
+    (D, "--teacher w.pt", "no checkpoint w.pt"), (E, f"--teacher {RELEASED[0]}", "could not be downloaded"),
+    (E, "", "--teacher is needed"), (E, "--query x.png", "--index"),
+    (E, "--student D4 --query BAD/a/0.png --index TEACHER", "is not an index"),
+    *((E, f"--teacher TEACHER {bad}", sentence) for bad, sentence in (
+        ("--student D4", "4 dimensions"), ("--figure x", "--student"), ("--json /no/t", "cannot be written"),
+        ("--database . --index /no/i", "cannot be written"), ("--database CARS --index i", "no images")))])
+def test_mistakes_end_in_a_sentence(program, options, sentence, teacher, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: open("no network"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    sentence = fails(capsys, train, *TINY(tiny, tmp_path / "o", arch="squeezenet1_1", weights="imagenet"))
-    assert "--weights FILE" in sentence and "--weights random" in sentence
-    assert "could not be downloaded" in fails(capsys, evaluate, "--teacher", "cub-448r-resnet50-512-gem-w")
-    model = asymres.torchvision.models.squeezenet1_1()
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    net = EmbeddingNet("squeezenet1_1", pretrained=tmp_path / "w.pth")
-    assert torch.equal(net.backbone[0].weight, model.features[0].weight) and net.frozen_batchnorm
-    with pytest.raises(ValueError, match="does not hold torchvision weights of vgg11"):
-        EmbeddingNet("vgg11", pretrained=tmp_path / "w.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    class Malice:
+        __reduce__ = lambda self: (os.system, ("touch was_run",))
+    other, evil = small_net(dim=4), {"meta": Malice(), "state_dict": {}}
+    other.size = 32
+    save_checkpoint("D4", other)
+    for name, content in (("OTHER", {"weights": torch.ones(3)}), ("EVIL", evil), ("OLD", evil)):
+        torch.save(content, name, _use_new_zipfile_serialization=name != "OLD")
+    Path("CUT").write_bytes(teacher.read_bytes()[:10 ** 6])
+    put("TEXT", "CARS/cars_annos.mat", *(f"BAD/{label}/3.png" for label in "abcd"), text="not what it says")
+    put(*(f"{name}/{label}/{i}.png" for name, label, i in itertools.product(["FEW", "BAD"], "abcd", "012")))
+    base = {train: small(tiny, "out"), distill: distilled(teacher, "out"), evaluate: []}
+    argv = base[program] + options.replace("TEACHER", str(teacher)).split()
+    assert sentence in fails(capsys, program, *argv)
+    assert not os.path.exists("was_run") and ("BAD" in options or not os.path.exists("out"))
 
-
-# ---------------------------------------------------------------------------------------------------------------- fuzz
-
-def damaged(content, draw):
-    """Cut short, with bytes flipped, a piece gone, or a piece of something else."""
-    content, at = bytearray(content), draw.randrange(max(1, len(content)))
-    kind = draw.randrange(4)
-    if kind == 0:
-        return bytes(content[:at])
-    if kind == 1:
-        for _ in range(draw.choice((1, 3, 30))):
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    if kind == 2:
-        del content[at:at + draw.choice((1, 7, 100))]
-    if kind == 3:
-        content[at:at + 9] = draw.choice((b"\0" * 9, b"\xff" * 9, b"-1 1e999\n", "ü🥚\n".encode()))
-    return bytes(content)
-
-
-def test_fuzz_checkpoints(teacher, tmp_path):
-    """150 damaged files: refused, or the damage changed nothing; and 9 with the wrong things in them."""
-    draw = random.Random(1)
-    net = EmbeddingNet(backbone=torch.nn.Conv2d(3, 4, 3), dim=4, pretrained=False)
-    save_checkpoint(tmp_path / "n.pt", net, options={"dataset": "x"})
-    whole, survived = (tmp_path / "n.pt").read_bytes(), 0
-    for _ in range(150):
-        (tmp_path / "d.pt").write_bytes(damaged(whole, draw))
+@pytest.mark.parametrize("name, write", [
+    ("images.txt", cub), ("Ebay_train.txt", sop), ("anno_train.csv", cars), ("names.csv", cars),
+    *((name, None) for name in ("net.pt", "x.png", "x.jpg", "x.gif", "x.tif"))])
+def test_damaged_files_are_refused_or_read_right(name, write, tmp_path):
+    """50 of each: a sentence with its name, or what was there before; of an image, a picture of some sort."""
+    file, draw, layer = tmp_path / name, random.Random(name), torch.nn.Conv2d(3, 4, 3)
+    if write:
+        write(tmp_path)
+        read = lambda: {*load_dataset(write.__name__, str(tmp_path), check=False).paths}
+    elif name == "net.pt":
+        save_checkpoint(file, small_net(pooling="gemmp", backbone=layer))
+        read = lambda: {fingerprint(load_checkpoint(file, backbone=layer))}
+    else:
+        RGB.resize((64, 48), Image.BICUBIC).save(file)
+        read = lambda: {read_image(file, draw.choice((None, 1000))).mode}
+    right, whole = read(), file.read_bytes()
+    for _ in range(50):
+        content, at, size = bytearray(whole), draw.randrange(len(whole)), draw.choice((1, 7, 100, len(whole)))
+        content[at:at + size] = draw.choice((b"", b"\xff", bytes(9), b"-1 1e999\n", "ü🥚\n".encode()))
+        file.write_bytes(content)
         try:
-            back = load_checkpoint(tmp_path / "d.pt", backbone=torch.nn.Conv2d(3, 4, 3))
-        except ValueError as error:
-            assert "d.pt is not a" in str(error)
-        else:
-            survived += 1
-            assert asymres.fingerprint(back) == asymres.fingerprint(net) and back.options == {"dataset": "x"}
-    assert survived < 75
-    good = asymres.read_checkpoint(teacher)
-    for wrong in (None, 3, [], {"meta": 1, "state_dict": 2}, {**good, "meta": {}}, {**good, "state_dict": None},
-                  {**good, "state_dict": {}}, {**good, "meta": {**good["meta"], "whitening": "x"}},
-                  {**good, "meta": {**good["meta"], "architecture": 5}}, {**good, "meta": {**good["meta"], "mean": [0, 0, 0]}}):
-        torch.save(wrong, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match="w.pt is not a checkpoint"):
-            load_checkpoint(tmp_path / "w.pt")
-
-
-def test_fuzz_annotations(tmp_path):
-    """150 damaged annotation files, 50 of each set: a clear error, or labels and paths that stand in the file."""
-    draw = random.Random(2)
-    for name, write, files in (("cub", cub, ["images.txt"]), ("sop", sop, ["Ebay_train.txt"]), ("cars", cars, ["anno_train.csv", "names.csv"])):
-        write(tmp_path / name)
-        right = set(zip(load_dataset(name, str(tmp_path / name), check=False).paths, load_dataset(name, str(tmp_path / name), check=False).labels))
-        for _ in range(50):
-            file = tmp_path / name / draw.choice(files)
-            whole = file.read_bytes()
-            file.write_bytes(damaged(whole, draw))
-            try:
-                dataset = load_dataset(name, str(tmp_path / name), check=False)
-                seen = {(p, l) for p, l in zip(dataset.paths, dataset.labels)}
-                assert {p for p, _ in seen} <= {p for p, _ in right} and all(type(l) is int for _, l in seen)
-            except (ValueError, FileNotFoundError) as error:
-                assert name in str(error) or file.name in str(error) or "anno_" in str(error), error
-            file.write_bytes(whole)
-
-
-def test_fuzz_images(tmp_path):
-    """150 damaged images: one sentence with the file's name, or a picture of some sort; never a hang or another error."""
-    draw, smooth = random.Random(3), RGB.resize((64, 48), Image.BICUBIC)
-    for i, (suffix, image) in enumerate([(".png", smooth), (".jpg", smooth), (".gif", smooth.quantize(32)), (".png", smooth.quantize(32)),
-                                         (".tif", smooth.convert("CMYK"))] * 30):
-        path = tmp_path / f"x{suffix}"
-        image.save(path)
-        path.write_bytes(damaged(path.read_bytes(), draw))
-        try:
-            assert read_image(path).mode == "RGB"
-        except ValueError as error:
-            assert f"x{suffix} cannot be read as an image" in str(error)
+            assert read() <= right
+        except (ValueError, FileNotFoundError) as error:
+            assert name in str(error) or write and write.__name__ in str(error)

@@ -113,13 +113,15 @@ def new_network(options, pooling, size):
     return net
 
 
-def free_folder(options, name):
-    """runs/NAME, or with a number behind it where that is the folder of a run with other options."""
+def free_folder(options, name, parts=()):
+    """runs/NAME, with a number behind it where that is another run's; `parts`: (sub-folder, its options)."""
     source = Path(options.root).name if options.dataset == "folder" else options.dataset
     stem, number = f"runs/{source}-{name}-seed{options.seed}", 1
-    while other_options(out := f"{stem}-{number}" if number > 1 else stem, options):
+    while True:
+        out = Path(f"{stem}-{number}" if number > 1 else stem)
+        if not any(other_options(out / part, theirs) for part, theirs in [("", options), *parts]):
+            return str(out)
         number += 1
-    return out
 
 
 def other_options(out, options):

@@ -26,7 +26,7 @@ def draw_curve(path, rows):
     for x in sorted({row["GFLOPs/query"] for row in rows}):
         draw.text((place(torch.tensor(x).log(), 0)[0], height - bottom + 24), f"{x:.3g}", "black", font(20), anchor="mt")
     names = {name: colour for name, colour in zip(dict.fromkeys(row[""] for row in rows),
-                                                  ("black", WRONG, "#7570b3", RIGHT, "#66bd63"))}
+                                                  ("black", "#d73027", "#7570b3", "#1a9850", "#66bd63"))}
     for row, x in zip(rows, flops):
         x, y = place(x, row[metric])
         draw.ellipse((x - 7, y - 7, x + 7, y + 7), names[row[""]])
