@@ -529,22 +529,22 @@ def test_the_readmes_benchmark(tmp_path, monkeypatch, capsys, start, start_metho
     data.main(download)
     autocast, forward, how = [], EmbeddingNet.forward, {"workers": 2, "precision": "bfloat16"}
     monkeypatch.setattr(EmbeddingNet, "forward", lambda net, images: autocast.append(
-        torch.is_autocast_enabled("cpu") or not images.any()) or forward(net, images))  # black: for their cost
+        torch.is_autocast_enabled("cpu") or not images.any()) or forward(net, images))    # black: the cost
     train.main(teacher + small(None, None, size=48, **how))
-    student += distilled(None, None, weights=None, **how)
+    student += distilled(None, None, weights=None, lambda_ts=0, **how)
     distill.main(student)
     train.main(baseline + small(None, None, size=32, **how))
     made = Path("runs/cub-48to32-seed1234")
     assert f"{made}/model.pt".replace("48to32", "448to224") == table[table.index("--student") + 1]
     assert {*os.listdir(made)} == {"model.pt", "log.jsonl", "options.json", "queries.png"}
     log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
-    assert [entry["epoch"] for entry in log] == [0, 1] and {
-        "step", "lr", "images_per_s", "absolute", "teacher-student", "student-student"} <= log[0].keys()
+    assert [entry["epoch"] for entry in log] == [0, 1] and {"step", "lr", "images_per_s"} <= log[0].keys()
+    assert log[0]["absolute"] > log[0]["student-student"] > log[0]["teacher-student"] == 0
     # Killed wherever it is, in the middle of writing too, and continued where the data lie elsewhere.
     monkeypatch.setattr(train, "MINUTES", 0)                    # a checkpoint before every step
     student, seconds, kills = [*student, "--out", "killed"], 0.3, 0
     while end(process := start(lambda: distill.main(student)), seconds) == [None]:
-        process[0].kill()
+        os.killpg(process[0].pid, signal.SIGKILL)
         seconds, kills = 1.3 * seconds, kills + 1
         if kills == 3:
             student += ["--root", shutil.move("data", "moved")]
@@ -588,8 +588,7 @@ def test_ten_epochs_from_random_weights(tiny, tmp_path, monkeypatch):
     seen.append(net.backbone[1].running_var)
     assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [False] * 7 + [True] * 3
     assert max(map(len, workers)) == 2 and not multiprocessing.active_children() and not net.frozen_batchnorm
-    assert len(rates) == 10 * len(sizes(12)) and max(rates) > 9e-4
-    assert rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(1e-8)
+    assert len(rates) == 20 and (rates[0], max(rates), rates[-1]) == pytest.approx((1e-4, 1e-3, 1e-8))
 
 def test_precision(monkeypatch):
     """By itself it is bfloat16 where the card has that; float32 is not TF32."""
@@ -725,11 +724,12 @@ def test_a_run_without_a_teacher_trains_its_own(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setitem(train.RECIPES["teacher"], "folder", recipe)
     argv, calls = small(tiny, None, teacher_size=48, student_size=32, copies=2, epochs=1), itertools.count(1)
     with monkeypatch.context() as broken:
-        broken.setattr(train, "triplet_loss", lambda *e: triplet_loss(*e) / (next(calls) < 4))
+        broken.setattr(train, "triplet_loss", lambda a, p, *more: triplet_loss(a, p, *more) / (
+            next(calls) < 4 and torch.equal(p[1], a[[0, 2, 3]])))  # positives: the others of its group
         assert "not finite at epoch 1, step 2" in fails(capsys, distill, *argv, "--forward", "8")
-    for options in (["--dim", "4"], [], ["--seed", "2"], ["--dim", "4"]):
+    for options in (["--dim", "4"], [], ["--dim", "4"]):
         distill.main(argv + options)
-    assert len([*Path("runs").glob("*/model.pt")]) == 3 and len([*Path("runs").glob("*/[bt]*/model.pt")]) == 6
+    assert len([*Path("runs").glob("*/model.pt")]) == 2 and len([*Path("runs").glob("*/[bt]*/model.pt")]) == 4
 
 @pytest.mark.parametrize("program, options, sentence", [
     *((T, bad, bad.split()[0]) for bad in ("--crop 7", "--dim -1", "--epochs 0", "--images 0", "--lr 0")),
@@ -752,7 +752,7 @@ def test_a_run_without_a_teacher_trains_its_own(tiny, tmp_path, monkeypatch, cap
     *((E, f"--teacher TEACHER {bad}", sentence) for bad, sentence in (
         ("--student D4", "4 dimensions"), ("--figure x", "--student"), ("--json /no/t", "cannot be written"),
         ("--database . --index /no/i", "cannot be written"), ("--database CARS --index i", "no images")))])
-def test_mistakes_end_in_a_sentence(program, options, sentence, teacher, tiny, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_in_a_sentence(program, options, sentence, teacher, tmp_path, monkeypatch, start, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: open("no network"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -768,9 +768,10 @@ def test_mistakes_end_in_a_sentence(program, options, sentence, teacher, tiny, t
     Path("CUT").write_bytes(teacher.read_bytes()[:10 ** 6])
     put("TEXT", "CARS/cars_annos.mat", *(f"BAD/{label}/3.png" for label in "abcd"), text="not what it says")
     put(*(f"{name}/{label}/{i}.png" for name, label, i in itertools.product(["FEW", "BAD"], "abcd", "012")))
-    base = {train: small(tiny, "out"), distill: distilled(teacher, "out"), evaluate: []}
+    base = {train: small("BAD", "out"), distill: distilled(teacher, "out"), evaluate: []}
     argv = base[program] + options.replace("TEACHER", str(teacher)).split()
-    assert sentence in fails(capsys, program, *argv)
+    codes, said = end(start(lambda: program.main(argv)), 20), capfd.readouterr().err
+    assert codes == [2] and sentence in said and said.count("error: ") == 1 and "Traceback" not in said
     assert not os.path.exists("was_run") and ("BAD" in options or not os.path.exists("out"))
 
 @pytest.mark.parametrize("name, write", [
