@@ -321,7 +321,7 @@ class Decoder:
     def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
         self.keys, self.how = [], (most, lenient)
         self.loader = DataLoader(dataset, batch_size=None, sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, worker_init_fn=_ignore_signals,
+                                 persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
                                  pin_memory=torch.device(device).type == "cuda",
                                  generator=torch.Generator())  # it would draw from the global one
 
@@ -330,9 +330,8 @@ class Decoder:
         return iter(self.loader)
 
 
-def _ignore_signals(_):
-    for number in (signal.SIGINT, signal.SIGTERM):  # to a whole group, they are the main process's affair
-        signal.signal(number, signal.SIG_IGN)
+def _ignore_ctrl_c(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
 
 
 def evaluation_batches(decoder, rows, parts, size, device):

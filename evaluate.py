@@ -55,13 +55,15 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     """
     labels = [torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels)]
     _check(queries, database, *labels, ks, same_images)
-    sums, count = {}, 0
+    sums, count, kind = {}, 0, torch.promote_types(database.dtype, torch.float32)
+    lengths = [x.to(kind).norm(dim=1).max().item() for x in (queries, database)]
+    rounding = 4 * torch.finfo(kind).eps * lengths[0] * lengths[1]  # within it, scores are equal
     for rows, correct in _by_class_size(*labels, same_images, chunk):  # (q,), (q, n)
         correct = correct.to(database.device)
         scores = _scores(queries, database, rows, same_images)  # (q, N)
         best = scores.gather(1, correct).sort(descending=True).values[:, :correct.shape[1] - same_images]
         wrong = scores.scatter_(1, correct, -torch.inf)
-        ranks = _reaching(wrong, best) + torch.arange(best.shape[1]).to(best)  # wrong ones before it, and j
+        ranks = _reaching(wrong, best - rounding) + torch.arange(best.shape[1]).to(best)  # wrong ones before it, and j
         count += len(rows)
         for name, values in _metrics(ranks.double(), ks).items():
             sums[name] = sums.get(name, 0) + values.sum().item()
