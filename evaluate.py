@@ -24,7 +24,7 @@ def refuse(wrong, sentence):
 
 
 @torch.no_grad()
-def knn(queries, database, k, same_images=False, chunk=2 ** 24):
+def knn(queries, database, k, same_images=False, chunk=2 ** 25):
     """Scores and rows (Q, k) of the k best of (N, D) for each of (Q, D), best first; ties in any order."""
     refuse(k < 1, f"k must be a positive integer, not {k}")
     k = min(k, len(database) - same_images)
@@ -35,7 +35,7 @@ def knn(queries, database, k, same_images=False, chunk=2 ** 24):
 
 @torch.no_grad()
 def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2, 4, 8), same_images=True,
-                      chunk=2 ** 24):
+                      chunk=2 ** 25):
     """{metric: mean over queries, in [0, 1]} of queries (Q, D), database (N, D), integer labels (Q,), (N,).
 
     The n images with a query's label are correct, the j-th best of them has rank r, both from 0; at equal
