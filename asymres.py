@@ -25,7 +25,6 @@ RELEASED = [f"{data}-{size}-resnet50-512-gem-w" for data in ("cub", "cars", "sop
             for size in ("448r", "224r", "S224r-T448r")]
 RELEASED_URL = "http://ptak.felk.cvut.cz/personal/sumapave/public/{}.pth"
 
-
 class GeM(nn.Module):
     """Mean of clamp(x, eps)^p over positions, ^(1/p): (B,C,h,w) -> (B,C). p, one or C of them, is learned."""
     def __init__(self, p=3.0, channels=1, eps=1e-6):
@@ -37,7 +36,6 @@ class GeM(nn.Module):
         p = self.p.to(x.dtype)
         return x.clamp(min=self.eps).pow(p[:, None, None]).mean((-2, -1)).pow(1 / p)
 
-
 class EmbeddingNet(nn.Module):
     """Sec. 3.1. Images (B,3,H,W) -> unit vectors (B,D): backbone, pooling, L2, linear whitening, L2.
 
@@ -47,8 +45,8 @@ class EmbeddingNet(nn.Module):
     pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
     backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
 
-    Images are ImageNet-normalised. Batch-norm statistics are frozen in training (scale and shift learn) if
-    weights are pretrained, and in layers of `backbone` that came in eval mode. The head computes in float32.
+    Images are ImageNet-normalised. Batch-norm statistics stand still in training (scale and shift learn) if
+    weights are pretrained, and in layers of `backbone` that came in eval mode. The head is in float32.
     `size`: the side in px it was trained at, if known. Raises ValueError for what is unknown or missing.
     """
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
@@ -69,25 +67,20 @@ class EmbeddingNet(nn.Module):
     @torch.no_grad()
     def _channels(self):
         """C, found by looking: classifiers' own attributes lie for VGG, DenseNet and MobileNetV3."""
-        image = torch.zeros(1, 3, 224, 224)
         try:
+            image = torch.zeros(1, 3, 224, 224)
             _, channels, height, width = self.backbone.eval()(image.to(next(self.parameters(), image))).shape
-            if height != width:
-                raise TypeError("the features are (B,h,w,C)")
+            assert height == width  # else it is (B,h,w,C)
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise ValueError(f"{self.arch} has no feature map (B,C,h,w): is it convolutional?") from error
         return channels
 
-    def train(self, mode=True):
+    def train(self, mode=True, statistics=True):
+        """As nn.Module's. statistics False: batch-norm uses its running statistics and leaves them alone."""
         super().train(mode)
-        for layer in self.frozen_layers:
-            layer.eval()
-        return self.freeze_statistics() if self.frozen_batchnorm else self
-
-    def freeze_statistics(self):
-        """Batch-norm uses its running statistics and leaves them alone until the next `train()`."""
-        for module in filter(is_batchnorm, self.modules()):
-            module.eval()
+        for layer in filter(is_batchnorm, self.modules()):
+            if self.frozen_batchnorm or layer in self.frozen_layers or not statistics:
+                layer.eval()
         return self
 
     def forward(self, images):
@@ -101,37 +94,33 @@ class EmbeddingNet(nn.Module):
                 x = F.linear(x, self.whiten.weight.float(), self.whiten.bias.float())  # (B, D)
             return F.normalize(x)
 
-
 def is_batchnorm(module):
     """Whether a module is a batch-norm layer of any kind."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
-
 def _backbone(arch, pretrained):
     """A classifier up to its last feature map, its children named as in the authors' checkpoints."""
     imagenet, models = pretrained is True, torchvision.models
+    weights = read_checkpoint(pretrained) if isinstance(pretrained, (str, os.PathLike)) else None
     try:
         if arch.startswith("timm/"):
             import timm
             model = timm.create_model(arch[5:], pretrained=imagenet)
-        elif imagenet:
-            model = models.get_model(arch, weights="IMAGENET1K_V1")
-        elif arch == "resnet10":
+        elif arch == "resnet10" and not imagenet:
             model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
         else:  # init_weights: the default, without a warning
-            model = models.get_model(arch, **{"init_weights": True} if arch in INCEPTIONS else {})
+            how = {"init_weights": True} if arch in INCEPTIONS and not imagenet else {}
+            model = models.get_model(arch, weights="IMAGENET1K_V1" if imagenet else None, **how)
+        if weights:
+            model.load_state_dict(weights)
     except ImportError as error:
         raise ImportError(f"{arch} needs timm: pip install timm") from error
     except OSError as error:
         raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give "
                          "--weights FILE, or --weights random") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"no architecture {arch!r}" + " with ImageNet weights" * imagenet) from error
-    if isinstance(pretrained, (str, os.PathLike)):
-        try:
-            model.load_state_dict(read_checkpoint(pretrained))
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{pretrained} does not hold weights of {arch}") from error
+        wrong = f"{pretrained} does not hold weights of" if weights else "there is no architecture"
+        raise ValueError(f"{wrong} {arch}" + " with ImageNet weights" * imagenet) from error
     if arch.startswith("timm/"):
         model.reset_classifier(0, "")  # no pooling either
         return model
@@ -147,7 +136,6 @@ def _backbone(arch, pretrained):
             layers.append(child)
     return layers
 
-
 def distillation_loss(student, teacher, lambda_ts, lambda_ss):
     """Sec. 3.3, Eq. 3-6, summed over images: unit vectors (B,A,D) x2, row b the same A views -> scalar.
 
@@ -156,27 +144,22 @@ def distillation_loss(student, teacher, lambda_ts, lambda_ss):
     s, t = student, teacher
     return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
 
-
 def absolute_term(s, t):
     """sum_b 1/A sum_i (1 - s_bi.t_bi)^2: each view lands where the teacher puts it. (B,A,D) x2 -> scalar."""
     return (1 - (s * t).sum(-1)).square().mean(1).sum()
-
 
 def ts_term(s, t):
     """sum_b 1/(A(A-1)) sum_i!=j (s_bi.t_bj - t_bi.t_bj)^2: student to teacher as teacher to teacher."""
     return _off_diagonal_mean((s @ t.mT - t @ t.mT).square()).sum()  # (B, A, D) @ (B, D, A) -> (B, A, A)
 
-
 def ss_term(s, t):
     """sum_b 1/(A(A-1)) sum_i!=j (s_bi.s_bj - t_bi.t_bj)^2: student to student as teacher to teacher."""
     return _off_diagonal_mean((s @ s.mT - t @ t.mT).square()).sum()  # (B, A, D) @ (B, D, A) -> (B, A, A)
-
 
 def _off_diagonal_mean(x):
     """Mean over i != j of (B,A,A) -> (B,); zero where A is 1."""
     copies = x.shape[-1]
     return (x.sum((1, 2)) - x.diagonal(dim1=1, dim2=2).sum(1)) / max(1, copies * (copies - 1))
-
 
 def triplet_loss(anchors, positives, negatives, margin=0.7):
     """Sec. 3.2. (B,D), (B,P,D), (B,M,D) -> scalar: the sum over anchors of the mean over all P*M pairs of
@@ -185,7 +168,6 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
     to_positives = (anchors[:, None] - positives).square().sum(-1)  # (B, P)
     to_negatives = (anchors[:, None] - negatives).square().sum(-1)  # (B, M)
     return F.relu(to_positives[:, :, None] - to_negatives[:, None] + margin).mean((1, 2)).sum()
-
 
 def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     """Distance-weighted sampling (Wu et al., ICCV 2017): (Q,D), (N,D), (Q,), (N,) -> (Q,N), rows sum to 1.
@@ -207,7 +189,6 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
         raise ValueError("an anchor has no negatives in the pool")
     return weight.div_(total)
 
-
 def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, chunk=512, generator=None):
     """Rows (Q, count) of the pool by negative_probabilities, none twice; ValueError where there are fewer."""
     sizes = torch.unique(pool_labels, return_counts=True)[1]
@@ -217,7 +198,6 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, chunk=512
     weights = (negative_probabilities(some, pool, labels, pool_labels) for some, labels in chunks)
     return torch.cat([torch.multinomial(weight, count, generator=generator) for weight in weights])
 
-
 def fingerprint(net):
     """16 hex digits that name a network's weights."""
     digest = hashlib.sha256()
@@ -226,14 +206,12 @@ def fingerprint(net):
         digest.update(name.encode() + octets.numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
 def save_checkpoint(path, net, **extra):
     """Write the authors' format, atomically; `extra`: more entries, of plain values and tensors."""
     meta = {"architecture": net.arch, "pooling": net.pooling, "outputdim": net.dim, "mean": list(MEAN),
             "std": list(STD), "whitening": getattr(net.whiten, "out_features", 0), "size": net.size,
             "frozen_batchnorm": net.frozen_batchnorm, "teacher": net.teacher}
     write_atomically(path, {"meta": meta, "state_dict": net.state_dict(), **extra})
-
 
 def write_atomically(path, content):
     """torch.save beside `path`, flush, rename over it. Raises OSError, with `path` untouched."""
@@ -247,9 +225,7 @@ def write_atomically(path, content):
     except (OSError, RuntimeError) as error:  # torch raises the latter
         if os.path.exists(temporary):
             os.remove(temporary)
-        intact = "; the previous one is intact" * os.path.exists(path)
-        raise OSError(f"{path} could not be written ({error}){intact}") from error
-
+        raise OSError(f"{path} could not be written ({error}); a previous one is intact") from error
 
 def read_checkpoint(path):
     """What torch.save wrote: tensors, plain values, numpy scalars. No code of the file is run.
@@ -269,7 +245,6 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is not a readable checkpoint ({error!r:.200})") from error
 
-
 def load_checkpoint(path_or_name, backbone=None):
     """The EmbeddingNet, in eval mode, of a file, ours or the authors', or a name in RELEASED, fetched once.
 
@@ -279,22 +254,19 @@ def load_checkpoint(path_or_name, backbone=None):
     path = str(path_or_name)
     if path in RELEASED:
         path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{path}.pth")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            if not os.path.exists(path):
+        if not os.path.exists(path):
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(RELEASED_URL.format(path_or_name), path)
-        except OSError as error:
-            raise OSError(f"{path_or_name} could not be downloaded ({error}): put it at {path}") from error
+            except OSError as error:
+                reason = f"{path_or_name} could not be downloaded ({error}): put it at {path}"
+                raise OSError(reason) from error
     content = read_checkpoint(path)
     try:
         meta, weights = content["meta"], content["state_dict"]
-        dim = len(weights.get("whiten.bias", ()))
-        if int(meta["whitening"] or 0) != dim:
-            raise ValueError("its whitening layer has another size than it says")
-        if not np.allclose([meta["mean"], meta["std"]], [MEAN, STD], rtol=0, atol=1e-6):
-            raise ValueError("its images were not normalised as ImageNet's")
         if meta["architecture"] == "custom" and backbone is None:
             raise ValueError("its backbone is a module of your own: pass it as backbone=")
+        dim = len(weights.get("whiten.bias", ()))
         net = EmbeddingNet(meta["architecture"], meta["pooling"], dim, pretrained=False, backbone=backbone)
         net.load_state_dict(weights)
         in_name = re.search(r"-S?(\d+)r-", os.path.basename(path))  # where the authors keep it

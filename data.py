@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import warnings
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,8 +39,11 @@ LAYOUTS = {"cub": "images.txt, images/<class>/*.jpg", "sop": "Ebay_train.txt, Eb
 BLOCK = 200  # images of an epoch, in order, that are each other's partners in mixup
 RATIO = (3 / 4, 4 / 3)  # of a crop's sides
 COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # least, most brightness, contrast, saturation, hue
+VIEW = np.dtype([("image", int), ("partner", int),  # places in the epoch's order
+                 ("crop", float, (10, 4)),  # area, ratio, top and left of ten attempts
+                 ("flip", bool), ("factors", float, 4), ("order", int, 4),  # of the colour operations
+                 ("weight", float)], align=True)  # of the image itself in mixup
 PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
-
 
 def run_command(main):
     """Run a program: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
@@ -50,26 +52,27 @@ def run_command(main):
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     try:
         main()
+        add_up(torch.zeros(1))  # process 0 has its table still to make
     except KeyboardInterrupt as stop:
         code, say = 130, f"\n{str(stop) or 'interrupted'}"
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
     else:
-        if distributed.is_initialized():
-            add_up(torch.zeros(1))  # process 0 has its table still to make
-            distributed.destroy_process_group()
-        return
+        return distributed.is_initialized() and distributed.destroy_process_group()
     if PROCESSES["rank"] == 0 or code == 2 and distributed.is_initialized():  # before, all say the same
         print(say, file=sys.stderr, flush=True)
     sys.exit(code)
 
+def refuse(wrong, sentence):
+    """Raise ValueError with a sentence if something is wrong."""
+    if wrong:
+        raise ValueError(sentence)
 
 def warn(sentence):
     """One line on stderr for what may be meant, but often is not."""
     if PROCESSES["rank"] == 0:
         print(f"warning: {sentence}", file=sys.stderr)
-
 
 def add_up(*tensors):
     """Sum each tensor over the processes of a program, in place: the same sum in all."""
@@ -85,7 +88,6 @@ def add_up(*tensors):
     except RuntimeError as error:
         raise ConnectionError("another process of this program has ended, and so does this one") from error
 
-
 def read_image(path, most=None):
     """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
     try:
@@ -99,7 +101,6 @@ def read_image(path, most=None):
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
-
 def as_rgb(image):
     """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, under its several names
@@ -110,25 +111,21 @@ def as_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def evaluation_crop(image, size):
     """Both sides times size*8/7 over the shorter one, rounded (Lanczos); the centre of that, size x size."""
     scale = size * 8 / 7 / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
     return TF.center_crop(image, [size, size])
 
-
 def evaluation_transform(size):
     """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
     return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)).float() / 255)
-
 
 def normalize(images):
     """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place."""
     for channel, mean, std in zip(images.unbind(-3), MEAN, STD):
         channel.sub_(mean).div_(std)
     return images
-
 
 class ImageSet:
     """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where drawn), `len`."""
@@ -155,7 +152,6 @@ class ImageSet:
         except ValueError:
             if not lenient:
                 raise
-
 
 def load_dataset(name, root=None, split="train", check=True):
     """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
@@ -186,11 +182,9 @@ def load_dataset(name, root=None, split="train", check=True):
     images, labels = map(list, zip(*rows))
     return ImageSet(labels, **{"images" if known == "synthetic" else "paths": images})
 
-
 def default_workers():
     """A worker process a core, shared among the processes that torchrun started on this machine."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
 
 def settle_dataset(name, root, inherited):
     """(name, absolute root): a known set in lower case or "folder"; what is not said is as in `inherited`."""
@@ -201,14 +195,12 @@ def settle_dataset(name, root, inherited):
         known, root = inherited.get("dataset"), root or inherited.get("root")
     return known, root and os.path.abspath(root)
 
-
 def _half(rows, second, last=None):
     """Rows (image, class) of classes above `last`, by default the middle one, if `second`, else the rest."""
     if last is None:
         classes = sorted({label for _, label in rows})
         last = classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1
     return [(image, label) for image, label in rows if (label > last) == second]
-
 
 def _published(name, root):
     """Rows (path, class) of a published set in `root`, or in the archive's own folder there."""
@@ -226,7 +218,6 @@ def _published(name, root):
             reason = f"the annotations of {name} in {place} cannot be read ({error!r:.200})"
             raise ValueError(reason) from error
     raise FileNotFoundError(f"no {name} in {root}: {LAYOUTS[name]} is expected")
-
 
 def _rows(name, root):
     """(path below `root`, class) of every image of a published set, as its annotation files say."""
@@ -249,12 +240,10 @@ def _rows(name, root):
         rows = loadmat(file, squeeze_me=True)["annotations"]
     return [(str(row["relative_im_path"]), row["class"]) for row in rows]
 
-
 def _class_folders(root):
     """Rows (path, class) of the images directly in the sub-folders, in order of name."""
     folders = [os.path.join(root, name) for name in sorted(os.listdir(root))] if os.path.isdir(root) else []
     return [(path, i) for i, folder in enumerate(folders) for path in list_images(folder, deep=False)]
-
 
 def list_images(root, deep=True):
     """Image files under a folder, sorted; links to folders are not followed, so a loop cannot hang."""
@@ -263,7 +252,6 @@ def list_images(root, deep=True):
         folders[:] = sorted(folders) if deep else []
         found += [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(SUFFIXES)]
     return found
-
 
 @functools.lru_cache
 def synthetic(part, seed=0):
@@ -282,7 +270,6 @@ def synthetic(part, seed=0):
     draw.manual_seed(seed + 1 + classes)
     images = [_eggs(angles[some], periods[some], families[some % 6], uniform) for some in labels.split(60)]
     return np.concatenate(images), labels.tolist()
-
 
 def _eggs(angles, periods, colours, uniform):
     """Images (n,80,80,3) of stripes (n,3) in two colours (n,2,3), in random pose and light."""
@@ -311,7 +298,6 @@ def _eggs(angles, periods, colours, uniform):
     scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-
 class Decoder:
     """Worker processes, as long as it lives: `decoder(keys)` iterates over uint8 images (3,H,W), one a key.
 
@@ -329,10 +315,8 @@ class Decoder:
         self.keys[:] = [(*key, *self.how) for key in keys]
         return iter(self.loader)
 
-
 def _ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
-
 
 def evaluation_batches(decoder, rows, parts, size, device):
     """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
@@ -343,71 +327,56 @@ def evaluation_batches(decoder, rows, parts, size, device):
             places, images = zip(*found)
             yield list(places), normalize(torch.stack(images).to(device, non_blocking=True).float().div_(255))
 
-
 def seeded(*numbers, device="cpu"):
     """A torch.Generator for a tuple of whole numbers: (seed, epoch, purpose), say."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> 1))
 
-
-Draws = namedtuple("Draws", "image partner crop flip factors order weight")
-
-
 def draw_views(count, copies, *seed):
-    """What is random in an epoch's V views, `copies` of each of `count` images, whatever their size."""
-    blocks = []
+    """What is random in an epoch's views, `copies` of each of `count` images: (count * copies,) records."""
+    draws = np.recarray(count * copies, VIEW)
     for start in range(0, count, BLOCK):
         n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
-        own = np.arange(n).repeat(copies)
+        own, block = np.arange(n).repeat(copies), draws[start * copies:(start + n) * copies]
         V = len(own)
-        blocks.append(Draws(
-            image=start + own,  # (V,) place in the epoch's order
-            partner=start + (own + 1 + random.integers(max(1, n - 1), size=V)) % n,  # another of the block
-            crop=random.random((V, 10, 4)),  # area, ratio, top and left of ten attempts
-            flip=random.random(V) < 0.5,
-            factors=random.uniform(*COLOURS, (V, 4)),  # of the colour operations
-            order=random.permuted(np.tile(np.arange(4), (V, 1)), axis=1),  # in which they are applied
-            weight=random.beta(0.2, 0.2, V)))  # of the image itself in mixup
-    return Draws(*map(np.concatenate, zip(*blocks)))
+        block.image = start + own
+        block.partner = start + (own + 1 + random.integers(max(1, n - 1), size=V)) % n  # another one
+        block.crop = random.random((V, 10, 4))
+        block.flip = random.random(V) < 0.5
+        block.factors = random.uniform(*COLOURS, (V, 4))
+        block.order = random.permuted(np.tile(np.arange(4), (V, 1)), axis=1)
+        block.weight = random.beta(0.2, 0.2, V)
+    return draws
 
-
-def crop_boxes(crop, height, width, least):
-    """RandomResizedCrop's boxes (V,4), top, left, height, width, by draws (V,10,4) in frames (V,) by (V,).
-
-    The area is `least` to 1 of the frame. The first attempt that fits counts, else the largest centred box.
-    """
-    height, width, row = height[:, None], width[:, None], np.arange(len(crop))  # (V, 1)
-    area = height * width * (least + (1 - least) * crop[..., 0])  # (V, 10)
-    ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** crop[..., 1]
-    w = np.hstack([np.rint(np.sqrt(area * ratio)), np.minimum(width, np.rint(height * RATIO[1]))])  # (V, 11)
-    h = np.hstack([np.rint(np.sqrt(area / ratio)), np.minimum(height, np.rint(width / RATIO[0]))])
-    first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(1)
-    room = np.stack([height - h, width - w], axis=2)[row, first] + 1  # (V, 2)
-    corner = np.append(crop[..., 2:], np.full((len(row), 1, 2), 0.5), axis=1)[row, first] * room
-    return np.column_stack([corner, h[row, first], w[row, first]]).astype(np.int64)
-
+def crop_box(attempts, height, width, least):
+    """RandomResizedCrop's (top, left, height, width) of a frame, `least` to 1 of it, by ten attempts."""
+    for area, ratio, top, left in attempts:  # the first that fits
+        area = height * width * (least + (1 - least) * area)
+        ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
+        h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+        if 1 <= h <= height and 1 <= w <= width:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))  # else the centre
+    return (height - h) // 2, (width - w) // 2, h, w
 
 def crop_one_by_one(images, boxes, flip, size):
-    """V uint8 images (3,H,W), boxes (V,4), flip (V,) -> (V,3,size,size) float in [0,255]: fast on a CPU."""
-    crops = torch.stack([TF.resized_crop(image, *box, [size, size], antialias=True)
-                         for image, box in zip(images, boxes.tolist())])
+    """V uint8 images (3,H,W), V boxes, flip (V,) -> (V,3,size,size) float in [0,255]: fast on a CPU."""
+    crops = torch.stack([TF.resized_crop(image, *box, [size, size]) for image, box in zip(images, boxes)])
     crops[flip] = crops[flip].flip(-1)
     return crops.float()
 
-
-def crop_by_products(images, boxes, flip, size, kind=torch.float32):
+def crop_by_products(images, boxes, flip, size, kind=torch.float16):
     """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
     H, W = (max(image.shape[side] for image in images) for side in (1, 2))
     stack = images[0].new_zeros(len(images), 3, H, W)
     for room, image in zip(stack, images):
         room[:, :image.shape[1], :image.shape[2]] = image
-    boxes = torch.from_numpy(boxes).to(stack.device, torch.float32, non_blocking=True)
-    flip = torch.from_numpy(flip).to(stack.device, non_blocking=True)
-    rows = _resampling(boxes[:, 0], boxes[:, 2], size, H)  # (V, s, H)
-    columns = _resampling(boxes[:, 1], boxes[:, 3], size, W)  # (V, s, W)
+    top, left, height, width = torch.tensor(boxes).T.to(stack.device, torch.float32, non_blocking=True)
+    flip = torch.tensor(flip).to(stack.device, non_blocking=True)
+    rows = _resampling(top, height, size, H)  # (V, s, H)
+    columns = _resampling(left, width, size, W)  # (V, s, W)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return (rows[:, None].to(kind) @ stack.to(kind) @ columns[:, None].to(kind).mT).float()  # (V, 3, s, s)
-
 
 def _resampling(start, length, size, full):
     """Antialiased bilinear weights (V,size,full), from `full` pixels to `size` of a crop; rows sum to 1."""
@@ -418,19 +387,15 @@ def _resampling(start, length, size, full):
     weights = weights * ((place > 0) & (place < length[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
-
 def jitter(x, factors, order):
     """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view by its own (V,4) numpy factors, order."""
     for turn, operation in np.ndindex(4, 4):
         rows = np.flatnonzero(order[:, turn] == operation)  # found in host memory: no device is waited for
         if len(rows):
-            factor = torch.from_numpy(factors[rows, operation]).to(x, non_blocking=True)
-            rows = torch.from_numpy(rows).to(x.device, non_blocking=True)
-            some = x.index_select(0, rows)
-            _colour(some, factor.view(-1, *[1] * (x.ndim - 1)), operation)
-            x.index_copy_(0, rows, some)
+            factor = torch.tensor(factors[rows, operation]).to(x, non_blocking=True)
+            rows = torch.tensor(rows).to(x.device, non_blocking=True)
+            x[rows] = _colour(x[rows], factor.view(-1, *[1] * (x.ndim - 1)), operation)
     return x
-
 
 def _colour(x, factor, operation):
     """Brightness (0), contrast (1), saturation (2) or hue (3) of (v,...,3,h,w), factor (v,...,1,1,1)."""
@@ -448,7 +413,7 @@ def _colour(x, factor, operation):
     for channel, centre, sign, end in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
         ramp = (hue - centre).abs_().mul_(sign).add_(end).clamp_(0, 1)
         torch.addcmul(low, chroma, ramp, out=channel)
-
+    return x
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
@@ -472,9 +437,8 @@ class Views:
 
     def __iter__(self):
         number, self.next_epoch, n = self.next_epoch, self.next_epoch + 1, self.length
-        order = torch.randperm(n, generator=seeded(self.seed, number))
         parts = [slice(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
-        return self.epoch(number, order, parts)
+        return self.epoch(number, torch.randperm(n, generator=seeded(self.seed, number)), parts)
 
     def epoch(self, number, order, parts):
         """Views of an epoch's images, `order` (n,): of one slice of it after another, `parts`, ascending."""
@@ -486,46 +450,39 @@ class Views:
         for part in parts:
             while places and places[0] < part.stop + block - 1:  # an even flow, not a block at a time
                 images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
-            some = Draws(*(field[part.start * A:part.stop * A] for field in draws))
+            some = draws[part.start * A:part.stop * A]
             yield tuple(self._render(images, some, size).unflatten(0, (-1, A)) for size in self.sizes)
             images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
     def _render(self, images, draws, size):
         """Views (V,3,size,size), a few at a time: in a CPU's cache, or in bounded memory of a GPU."""
-        K = 1 + self.mixup
-        sources = np.stack([draws.image, draws.partner][:K], axis=1)  # (V, K)
-        frames = np.array([images[i].shape[1:] for i in sources.flat])  # (V*K, 2)
-        boxes = crop_boxes(draws.crop.repeat(K, axis=0), *frames.T, self.least).reshape(-1, K, 4)
-        crop, count = crop_one_by_one, 2 ** 16 // size ** 2
+        sides = torch.tensor([image.shape[1:] for image in images.values()]).amax(0)
+        crop, few = crop_one_by_one, 2 ** 16 // size ** 2
         if self.device.type != "cpu":
-            crop = functools.partial(crop_by_products, kind=torch.float16)
-            count = 2 ** 26 // int(np.maximum(frames.max(0), size).prod())
+            crop, few = crop_by_products, 2 ** 26 // int(sides.clamp(min=size).prod())
 
-        def render(rows):
-            some = [images[i] for i in sources[rows].flat]
-            x = crop(some, boxes[rows].reshape(-1, 4), draws.flip[rows].repeat(K), size)
-            x = x.div_(255).unflatten(0, (-1, K))  # (v, K, 3, s, s)
+        def render(d):
+            sources = np.stack([d.image, d.partner], axis=1)[:, :1 + self.mixup]  # (v, K)
+            V, K = sources.shape
+            some = [images[i] for i in sources.flat]
+            boxes = [crop_box(d.crop[v // K], *image.shape[1:], self.least) for v, image in enumerate(some)]
+            x = crop(some, boxes, d.flip.repeat(K), size).div_(255).unflatten(0, (V, K))  # (v, K, 3, s, s)
             if self.jitter:
-                x = jitter(x, draws.factors[rows], draws.order[rows])
-            if self.mixup:
-                weight = torch.from_numpy(draws.weight[rows]).to(x, non_blocking=True)[:, None, None, None]
-                return normalize(torch.lerp(x[:, 1], x[:, 0], weight))
-            return normalize(x[:, 0])
-        few = [slice(v, v + max(1, count)) for v in range(0, len(sources), max(1, count))]
-        return torch.cat(list(self.map(render, few)))
-
+                x = jitter(x, d.factors, d.order)
+            weight = torch.tensor(d.weight).to(x, non_blocking=True)[:, None, None, None]
+            return normalize(torch.lerp(x[:, 1], x[:, 0], weight) if self.mixup else x[:, 0])
+        few = max(1, few)
+        return torch.cat(list(self.map(render, [draws[v:v + few] for v in range(0, len(draws), few)])))
 
 def most_pixels(size, least):
     """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more are no use."""
     return size ** 2 / (least * RATIO[0])
 
-
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
                         device="cpu", seed=1234, least=0.08):
     """Coupled views (see Views): iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)) of an epoch."""
-    sizes = student_size, teacher_size
-    return Views(dataset, sizes, copies, batch_size, least, True, mixup, workers, device, seed)
-
+    return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers,
+                 device, seed)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")
@@ -543,7 +500,6 @@ def main(argv=None):
     for split in ("train", "test"):
         count = len(load_dataset(options.name, options.root, split))
         print(f"{options.name} {split}: {count} images, all there")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -7,15 +7,14 @@ Without --teacher one is trained first, and a baseline with labels at the small 
 The table at the end: what small queries find in a database of large images.
 """
 import argparse
-import os
 
 import torch
 
 from asymres import absolute_term, fingerprint, load_checkpoint, ss_term, ts_term
-from data import Decoder, Views, evaluation_batches, load_dataset, run_command, seeded, warn
-from evaluate import draw_queries, embed, extract, print_table, trade_off
-from train import NEGATIVES, RECIPES, draw_groups, fit, free_folder, new_network, parser, settle, train
-
+from data import Decoder, Views, evaluation_batches, refuse, run_command, seeded, warn
+from evaluate import draw_queries, embed, extract
+from train import (NEGATIVES, RECIPES, draw_groups, fit, free_folder, load_split, new_network, parser, settle,
+                   table, train)
 
 def parse(argv):
     """The options of a command line and the teacher, if given, from which they inherit."""
@@ -40,7 +39,6 @@ def parse(argv):
         del inherited["weights"]
     return settle(options, "student", inherited, teacher), teacher
 
-
 def distill(teacher, options):
     """Distil a student of `teacher`, or continue, or load it if done. -> EmbeddingNet in eval mode."""
     small, large = options.student_size, options.teacher_size
@@ -51,11 +49,11 @@ def distill(teacher, options):
         warn(f"the student's images ({small} px) are larger than the teacher's ({large})")
     options.teacher_weights = getattr(options, "teacher_weights", None) or fingerprint(teacher)
     options.out = options.out or free_folder(options, f"{large}to{small}")
-    dataset = load_dataset(options.dataset, options.root, "fit" if options.validation else "train")
+    dataset, student = load_split(options), first_student(teacher, options)
     teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    student, terms = first_student(teacher, options), ["absolute", "teacher-student", "student-student"]
+    terms = ["absolute", "teacher-student", "student-student"][:1 if options.regression else 3]
     if options.regression:  # A = 1: evaluation crops, and the teacher embeds them once
-        terms, decoder = terms[:1], Decoder(dataset, options.workers, device)
+        decoder = Decoder(dataset, options.workers, device)
         targets = extract(teacher, dataset, large, device, precision=precision, decoder=decoder).to(device)
         crops = lambda rows, parts: evaluation_batches(decoder, rows, parts, small, device)
         batches = lambda epoch, rows, parts: ((x[:, None], None) for _, x in crops(rows, parts))
@@ -72,62 +70,48 @@ def distill(teacher, options):
         return torch.stack(values[:len(terms)])
     return fit(student, lambda epoch: order(epoch)[:options.images], batches, losses, terms, options)
 
-
 def first_student(teacher, options):
     """The student before its first step, with the weights that options say."""
     copied = options.weights == "teacher"
-    if copied and options.arch != teacher.arch:
-        raise ValueError(f"--weights teacher: the student is a {options.arch}, the teacher a {teacher.arch}")
-    start = {**vars(options), "weights": "random"} if copied else vars(options)
+    refuse(copied and options.arch != teacher.arch,
+           f"--weights teacher: the student is a {options.arch}, the teacher a {teacher.arch}")
+    start = vars(options) | ({"weights": "random"} if copied else {})
     student = new_network(argparse.Namespace(**start), teacher.pooling, options.student_size)
-    if student.dim != teacher.dim:
-        raise ValueError(f"--dim {options.dim}: the teacher has {teacher.dim} dimensions, not {student.dim}")
+    refuse(student.dim != teacher.dim,
+           f"--dim {options.dim}: the teacher has {teacher.dim} dimensions, not {student.dim}")
     if copied:
         student.load_state_dict(teacher.state_dict())
         student.frozen_batchnorm = teacher.frozen_batchnorm
     student.teacher = fingerprint(teacher)
     return student
 
-
-def with_labels(options, size, epochs=None):
-    """train.py's options for the teacher, or for the baseline at the small size, of this run."""
-    shared = ["dataset", "root", "trained_on", "validation", "arch", "dim", "seed", "precision", "device"]
-    shared += ["workers"] + ["weights"] * (options.weights != "teacher")
-    recipe = RECIPES["teacher"][options.dataset] | {key: getattr(options, key) for key in shared}
-    recipe |= {"pooling": "gem", "size": size, "epochs": epochs or recipe["epochs"]}
-    return argparse.Namespace(**recipe)
-
-
-def fair_epochs(options):
-    """Epochs in which a network that is trained with labels sees as many images as the student."""
-    dataset = load_dataset(options.dataset, options.root, "fit" if options.validation else "train")
-    most = RECIPES["teacher"][options.dataset]["images"]
-    anchors = len(draw_groups(torch.tensor(dataset.labels), most, seeded(0)))
-    views = min(options.images, len(dataset)) * (1 if options.regression else options.copies)
-    return max(1, round(options.epochs * views / (anchors * (1 + NEGATIVES))))
-
+def with_labels(options, size, fair=False):
+    """train.py's options for the teacher of a run, or for a baseline that sees as many images as the student."""
+    recipe = {"pooling": "gem", **RECIPES["teacher"][options.dataset], "size": size}
+    shared = ["dataset", "root", "trained_on", "validation", "arch", "dim", "seed", "precision", "device",
+              "workers"] + ["weights"] * (options.weights != "teacher")
+    if fair:
+        dataset = load_split(options)
+        anchors = len(draw_groups(torch.tensor(dataset.labels), recipe["images"], seeded(0)))
+        views = min(options.images, len(dataset)) * (1 if options.regression else options.copies)
+        recipe["epochs"] = max(1, round(options.epochs * views / (anchors * (1 + NEGATIVES))))
+    return argparse.Namespace(**recipe | {key: getattr(options, key) for key in shared})
 
 def main(argv=None):
     options, teacher = parse(argv)
-    baselines = []
+    baselines, large, small = [], options.teacher_size, options.student_size
     if not teacher:
         options.teacher_weights = "its own"  # not trained yet; the same options train the same one
-        parts = {"teacher": with_labels(options, options.teacher_size),
-                 "baseline": with_labels(options, options.student_size, fair_epochs(options))}
-        name = f"{options.teacher_size}to{options.student_size}"
-        options.out = options.out or free_folder(options, name, parts.items())
+        parts = {"teacher": with_labels(options, large), "baseline": with_labels(options, small, fair=True)}
+        options.out = options.out or free_folder(options, f"{large}to{small}", parts.items())
         for part, own in parts.items():
-            own.out = os.path.join(options.out, part)
+            own.out = f"{options.out}/{part}"
         teacher, *baselines = map(train, parts.values())
     student = distill(teacher, options)
-    test = load_dataset(options.dataset, options.root, "val" if options.validation else "test")
-    rows, found = trade_off(teacher, [student], test, baselines, options.teacher_size, device=options.device,
-                            workers=options.workers, precision=options.precision)
-    print_table(rows)
+    test, rows, found = table(options, teacher, [student], baselines, large)
     if rows:
-        draw_queries(os.path.join(options.out, "queries.png"), test, found, seed=options.seed)
+        draw_queries(f"{options.out}/queries.png", test, found, seed=options.seed)
     print(f"student: {options.out}/model.pt   picture: {options.out}/queries.png")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -15,23 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
 from data import (PROCESSES, Decoder, ImageSet, add_up, default_workers, evaluation_batches, evaluation_crop,
-                  list_images, load_dataset, run_command, settle_dataset, warn)
-
-
-def refuse(wrong, sentence):
-    if wrong:
-        raise ValueError(sentence)
-
+                  list_images, load_dataset, refuse, run_command, settle_dataset, warn)
 
 @torch.no_grad()
 def knn(queries, database, k, same_images=False, chunk=2 ** 25):
     """Scores and rows (Q, k) of the k best of (N, D) for each of (Q, D), best first; ties in any order."""
     refuse(k < 1, f"k must be a positive integer, not {k}")
-    k = min(k, len(database) - same_images)
     parts = torch.arange(len(queries)).split(max(1, chunk // len(database)))
+    k = min(k, len(database) - same_images)
     found = [_scores(queries, database, rows, same_images).topk(k) for rows in parts]
     return tuple(map(torch.cat, zip(*found)))
-
 
 @torch.no_grad()
 def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2, 4, 8), same_images=True,
@@ -56,20 +49,19 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     labels = [torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels)]
     _check(queries, database, *labels, ks, same_images)
     sums, count, kind = {}, 0, torch.promote_types(database.dtype, torch.float32)
-    lengths = [x.to(kind).norm(dim=1).max().item() for x in (queries, database)]
-    rounding = 4 * torch.finfo(kind).eps * lengths[0] * lengths[1]  # within it, scores are equal
+    longest = [x.to(kind).norm(dim=1).max().item() for x in (queries, database)]
+    rounding = 4 * torch.finfo(kind).eps * longest[0] * longest[1]  # within it, scores are equal
     for rows, correct in _by_class_size(*labels, same_images, chunk):  # (q,), (q, n)
-        correct = correct.to(database.device)
-        scores = _scores(queries, database, rows, same_images)  # (q, N)
+        correct, scores = correct.to(database.device), _scores(queries, database, rows, same_images)  # (q, N)
         best = scores.gather(1, correct).sort(descending=True).values[:, :correct.shape[1] - same_images]
         wrong = scores.scatter_(1, correct, -torch.inf)
-        ranks = _reaching(wrong, best - rounding) + torch.arange(best.shape[1]).to(best)  # wrong ones before it, and j
+        before = _reaching(wrong, best - rounding)  # (q, n) wrong images before each correct one
+        ranks = before.double() + torch.arange(best.shape[1]).to(best)
         count += len(rows)
-        for name, values in _metrics(ranks.double(), ks).items():
+        for name, values in _metrics(ranks, ks).items():
             sums[name] = sums.get(name, 0) + values.sum().item()
     refuse(not count, "no query has a correct image in the database")
     return {name: value / count for name, value in sums.items()}
-
 
 def _check(queries, database, query_labels, database_labels, ks, same_images):
     refuse(any(not isinstance(k, int) or k < 1 for k in ks), f"every k must be a positive integer, not {ks}")
@@ -80,9 +72,8 @@ def _check(queries, database, query_labels, database_labels, ks, same_images):
         refuse(not finite.all(), f"{name}: embedding {int(finite.int().argmin())} is not finite")
     q, n = queries.shape[1], database.shape[1]
     refuse(q != n, f"queries have {q} dimensions and the database has {n}")
-    same = not same_images or torch.equal(query_labels, database_labels)
-    refuse(not same, "same_images=True says that both sets are the same images, but their labels differ")
-
+    refuse(same_images and not torch.equal(query_labels, database_labels),
+           "same_images=True says that both sets are the same images, but their labels differ")
 
 def _by_class_size(query_labels, database_labels, same_images, chunk):
     """Some queries (q,) at a time, whose classes have one size n, and the images of these classes (q, n)."""
@@ -93,13 +84,11 @@ def _by_class_size(query_labels, database_labels, same_images, chunk):
         for rows in (size == n).nonzero()[:, 0].split(max(1, chunk // (len(by_class) + 8 * n))):
             yield rows, by_class[first[rows, None] + torch.arange(n)]
 
-
 def _scores(queries, database, rows, same_images):
     """Inner products (q, N) of some queries, in float32 at least; a query's own image gets -inf."""
     device, kind = database.device, torch.promote_types(database.dtype, torch.float32)
     scores = queries[rows].to(device, kind) @ database.to(kind).T  # (q, D) @ (D, N) -> (q, N)
     return scores.scatter_(1, rows[:, None].to(device), -torch.inf) if same_images else scores
-
 
 def _reaching(scores, bounds):
     """How many of a query's scores (q, N) reach each of its bounds (q, n)."""
@@ -111,7 +100,6 @@ def _reaching(scores, bounds):
         for p in range(bounds.shape[1]):
             total[:, p] += torch.ge(tile, bounds[:, p, None], out=hits).sum(1)
     return total
-
 
 def _metrics(ranks, ks):
     """Metrics (q,) by name from the ranks (q, n), ascending, of each query's correct images."""
@@ -125,7 +113,6 @@ def _metrics(ranks, ks):
                     f"mAP@{k}": (trapezoid * found).sum(1) / min(n, k)}
     return metrics
 
-
 def find_device(name=None):
     """torch.device of "cuda", "cuda:1" or "cpu"; by default CUDA if it is there, a card to each process."""
     kind, _, number = str(name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
@@ -136,7 +123,6 @@ def find_device(name=None):
     torch.cuda.set_device(int(number))
     return torch.device(kind, int(number))
 
-
 def set_precision(name, device):
     """"bfloat16", for "auto" where the card has it, or "float32", which then means it: no TF32."""
     if name == "auto":
@@ -145,13 +131,11 @@ def set_precision(name, device):
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     return name
 
-
 def embed(net, images, precision="float32"):
     """Normalised images (..., 3, s, s) -> unit vectors (..., D), float32; `precision` is the backbone's."""
     flat = images.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return net(flat).unflatten(0, images.shape[:-3])
-
 
 @torch.no_grad()
 def extract(net, dataset, size, device=None, batch_size=64, workers=0, precision="float32", rows=None,
@@ -170,7 +154,6 @@ def extract(net, dataset, size, device=None, batch_size=64, workers=0, precision
     add_up(embeddings)
     return embeddings
 
-
 def _embed_in_memory(net, images, precision):
     """`embed`, in halves where a GPU's memory is too small."""
     try:
@@ -179,7 +162,6 @@ def _embed_in_memory(net, images, precision):
         if len(images) == 1:
             raise MemoryError("out of GPU memory with a single image: use --device cpu") from error
     return torch.cat([_embed_in_memory(net, half, precision) for half in images.chunk(2)])
-
 
 @torch.no_grad()
 def cost(net, size, device=None, precision="float32"):
@@ -193,7 +175,6 @@ def cost(net, size, device=None, precision="float32"):
         embed(net, image, precision).cpu()  # waits for the device
         times.append(time.perf_counter() - started)
     return counter.get_total_flops() / 1e9, sorted(times)[15] * 1e3
-
 
 def trade_off(teacher, students, dataset, supervised=(), teacher_size=None, ks=(1, 8), device=None, **how):
     """Accuracy against the cost of a query: rows (dicts) for print_table, embeddings for draw_queries.
@@ -219,7 +200,6 @@ def trade_off(teacher, students, dataset, supervised=(), teacher_size=None, ks=(
     return rows, {"database": found[large], "teacher": found[teacher, small[1]], "student": found[small],
                   "sizes": (small[1], large[1])}
 
-
 def print_table(rows):
     """Rows of `trade_off` as text columns on stdout; recalls and mAP in per cent."""
     lines = [list(row) for row in rows[:1]]
@@ -228,12 +208,11 @@ def print_table(rows):
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
 
-
 def draw_queries(path, dataset, found, queries=6, top=8, seed=0):
     """A PNG of random queries as the student sees them, and what teacher and student find with them."""
     (small, large), labels = found["sizes"], dataset.labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [i for i, _ in zip((i for i in order if labels.count(labels[i]) > 1), range(queries))]
+    chosen = [i for i in order if labels.count(labels[i]) > 1][:queries]
     tile, step, left, height = 132, 142, 424, 304  # px: an answer, and the next; where they begin; a query
     sheet = Image.new("RGB", (left + top * step, 46 + len(chosen) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
@@ -251,7 +230,6 @@ def draw_queries(path, dataset, found, queries=6, top=8, seed=0):
                 sheet.paste(ImageOps.expand(shown, 6, colour), (left + place * step, y))
     sheet.save(path, "PNG")
 
-
 def build_index(teacher, folder, path, **how):
     """Write embeddings (N, D) and paths (N) of the images under `folder`. -> (N, unreadable paths)."""
     paths = list_images(folder)
@@ -265,30 +243,22 @@ def build_index(teacher, folder, path, **how):
         write_atomically(path, index)
     return len(kept), unreadable
 
-
-def read_index(path, net):
-    """(embeddings (N, D), N paths) of an index that `net` may search. Raises ValueError."""
-    index = read_checkpoint(path)
-    try:
-        embeddings, paths, network = index["embeddings"], index["paths"], index["network"]
-        n, dim = embeddings.shape
-        refuse(not n or n != len(paths), "of different lengths")
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not an index that evaluate.py wrote") from error
-    refuse(dim != net.dim, f"the student has {net.dim} dimensions, the index {path} has {dim}")
-    unknown = not net.teacher and not net.options  # a student of the authors does not say who its teacher is
-    fits = unknown or network in (net.teacher, fingerprint(net))
-    refuse(not fits, f"the index {path} was made by another network than the student's teacher")
-    return embeddings, paths
-
-
 def search(student, index, images, top=5, **how):
     """[(image, [(score, file), ...]), ...]: the nearest files of an index for every query image."""
-    embeddings, paths = read_index(index, student)
+    content = read_checkpoint(index)
+    try:
+        embeddings, paths, network = content["embeddings"], content["paths"], content["network"]
+        refuse(not paths or len(embeddings) != len(paths), "of different lengths")
+        dim = embeddings.shape[1]
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"{index} is not an index that evaluate.py wrote") from error
+    refuse(dim != student.dim, f"the student has {student.dim} dimensions, the index {index} has {dim}")
+    known = student.teacher or student.options  # a student of the authors does not say who its teacher is
+    refuse(known and network not in (student.teacher, fingerprint(student)),
+           f"the index {index} was made by another network than the student's teacher")
     queries = extract(student, ImageSet([0] * len(images), images), student.size, **how)
     found = zip(images, *(x.tolist() for x in knn(queries, embeddings, top)))
     return [(image, [(s, paths[row]) for s, row in zip(scores, rows)]) for image, scores, rows in found]
-
 
 def held_back(asked, dataset, root, *nets):
     """Whether validation classes stand in for test classes: as asked, or as nets trained on this set were."""
@@ -297,7 +267,6 @@ def held_back(asked, dataset, root, *nets):
     said |= {asked} - {None}
     refuse(len(said) > 1, "--validation: networks and command line do not agree on the training classes")
     return True in said
-
 
 def parse(argv):
     """The options of a command line; what cannot end well is refused before any work."""
@@ -331,7 +300,6 @@ def parse(argv):
         refuse(not writable, f"{path} cannot be written: a file in a folder that is there is needed")
     return options
 
-
 def main(argv=None):
     options = parse(argv)
     device = find_device(options.device)
@@ -351,7 +319,6 @@ def main(argv=None):
     else:
         compare(paths, nets, options, how)
 
-
 def compare(paths, nets, options, how):
     """The table, and the figure, of a teacher, students and supervised networks."""
     teacher, students = nets[0], nets[1:len(options.student) + 1]
@@ -370,7 +337,6 @@ def compare(paths, nets, options, how):
             json.dump(rows, file, indent=1)
     if options.figure and rows:
         draw_queries(options.figure, dataset, found)
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -20,7 +20,8 @@ import torch
 import torchvision
 
 from asymres import EmbeddingNet, draw_negatives, is_batchnorm, read_checkpoint, save_checkpoint, triplet_loss
-from data import PROCESSES, Views, add_up, default_workers, load_dataset, run_command, seeded, settle_dataset
+from data import (PROCESSES, Views, add_up, default_workers, load_dataset, refuse, run_command, seeded,
+                  settle_dataset)
 from evaluate import embed, extract, find_device, held_back, print_table, set_precision, trade_off
 
 # The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
@@ -43,7 +44,7 @@ NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
 SETTLED = 0.7  # of the epochs; then batch-norm statistics stand still: a network ends trained as it is used
 MINUTES = 10  # between checkpoints inside an epoch
 MOVABLE = ("out", "root", "device", "workers", "forward", "teacher")  # may change when a run is continued
-
+MAY_BE_0 = ("dim", "workers", "seed", "lambda_ts", "lambda_ss")
 
 def parser(role, description):
     """The options that teacher and student share; `settle` fills those that are None."""
@@ -70,35 +71,30 @@ def parser(role, description):
     add("--workers", type=int, help="processes that decode; by default one a core, for synthetic none")
     return result
 
-
-def settle(options, role, inherited=None, *networks):
+def settle(options, role, inherited={"dataset": "synthetic"}, *networks):
     """Fill what was not given: from `inherited`, then the recipe. Raises ValueError for what cannot work."""
-    inherited = inherited or {"dataset": "synthetic"}
     options.dataset, options.root = settle_dataset(options.dataset, options.root, inherited)
-    if not options.dataset:
-        raise ValueError("the teacher's file does not say what it was trained on: --dataset is missing")
-    recipe = RECIPES[role][options.dataset]
-    known = {name: value for name, value in inherited.items() if value is not None and name != "root"}
-    defaults = {"workers": 0 if options.dataset == "synthetic" else default_workers(), **recipe, **known}
+    refuse(not options.dataset, "--dataset is missing: the teacher does not say on which it was trained")
+    refuse(options.root and options.dataset == "synthetic", "--root needs --dataset: which one is there?")
+    workers = 0 if options.dataset == "synthetic" else default_workers()
+    defaults = {"workers": workers, **RECIPES[role][options.dataset]}
+    defaults |= {name: value for name, value in inherited.items() if value is not None}
     for name, value in vars(options).items():
-        setattr(options, name, defaults.get(name) if value is None else value)
+        value = defaults.get(name) if value is None and name != "root" else value
+        bad = type(value) in (int, float) and (value < 0 or value == 0 and name not in MAY_BE_0)
+        refuse(bad or name == "crop" and value > 1, f"--{name.replace('_', '-')} cannot be {value}")
+        setattr(options, name, value)
     device = find_device(options.device)
     options.device, options.precision = str(device), set_precision(options.precision, device)
     options.validation = held_back(options.validation, options.dataset, options.root, *networks)
-    for name in recipe.keys() - {"arch", "weights", "dim", "lambda_ts", "lambda_ss"}:
-        if getattr(options, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(options, name)}")
-    if options.crop > 1:
-        raise ValueError(f"--crop is a share of the image, at most 1, not {options.crop}")
-    if min(options.dim, options.workers) < 0:
-        raise ValueError("--dim and --workers cannot be negative")
-    if options.root and options.dataset == "synthetic":
-        raise ValueError("--root needs --dataset: which one is there?")
-    splits = ("fit", "val") if options.validation else ("train", "test")  # both whole, or no run
-    images, _ = (load_dataset(options.dataset, options.root, split) for split in splits)
-    options.trained_on = images.fingerprint()
+    options.trained_on = load_split(options).fingerprint()
+    load_split(options, "test")  # both are whole, or there is no run
     return options
 
+def load_split(options, part="train"):
+    """The images of a run's training, or of its test."""
+    split = {"train": "fit", "test": "val"}[part] if options.validation else part
+    return load_dataset(options.dataset, options.root, split)
 
 def new_network(options, pooling, size):
     """The EmbeddingNet that a run starts from, held to the size it will see."""
@@ -112,17 +108,13 @@ def new_network(options, pooling, size):
         raise ValueError(f"{size} px is too small for {options.arch}") from error
     return net
 
-
 def free_folder(options, name, parts=()):
     """runs/NAME, with a number behind it where that is another run's; `parts`: (sub-folder, its options)."""
     source = Path(options.root).name if options.dataset == "folder" else options.dataset
-    stem, number = f"runs/{source}-{name}-seed{options.seed}", 1
-    while True:
-        out = Path(f"{stem}-{number}" if number > 1 else stem)
-        if not any(other_options(out / part, theirs) for part, theirs in [("", options), *parts]):
-            return str(out)
-        number += 1
-
+    stem = out = f"runs/{source}-{name}-seed{options.seed}"
+    while any(other_options(Path(out, part), theirs) for part, theirs in [("", options), *parts]):
+        out = f"{stem}-{int(out[len(stem) + 1:] or 1) + 1}"
+    return out
 
 def other_options(out, options):
     """In words, how the options of the run in a folder differ; None where they do not, or there is no run."""
@@ -131,7 +123,6 @@ def other_options(out, options):
         for name, ours in vars(options).items():
             if name not in MOVABLE and theirs.get(name) != ours:
                 return f"its --{name.replace('_', '-')} is {theirs.get(name)}, not {ours}"
-
 
 def fit(net, rows_for, batches, losses, names, options):
     """Train `net` in the folder `options.out`, from its checkpoint if there is one; returns it in eval mode.
@@ -157,9 +148,7 @@ def fit(net, rows_for, batches, losses, names, options):
         optimizer, schedule = optimization(net, options, state)
         began, saved_at = (time.time(), schedule.last_epoch), 0
         while state["epoch"] < options.epochs:
-            net.train()
-            if state["epoch"] >= SETTLED * options.epochs:
-                net.freeze_statistics()
+            net.train(statistics=state["epoch"] < SETTLED * options.epochs)
             steps = divide(state["rows"], options)[state["step"]:]
             views = batches(state["epoch"], state["rows"], [part for step in steps for part in step])
             for step in steps:
@@ -179,7 +168,6 @@ def fit(net, rows_for, batches, losses, names, options):
             saved_at = save(path, net, state, optimizer, schedule, options, log)
         return net.eval()
 
-
 def divide(rows, options):
     """An epoch's optimizer steps, each the slices of rows that this process passes through the network."""
     def cut(start, stop, size):  # 0, 9, 4 -> 0:4, 4:9: batch-norm needs two rows, so a lone one joins
@@ -188,12 +176,11 @@ def divide(rows, options):
     return [cut(step.start, step.stop, options.forward)[PROCESSES["rank"]::PROCESSES["count"]]
             for step in cut(0, len(rows), options.batch)]
 
-
 def optimization(net, options, state):
     """AdamW and the one-cycle schedule of the whole run, where the state left them."""
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in named if name != "pool.p"], "weight_decay": 1e-6},
-              {"params": [p for name, p in named if name == "pool.p"], "weight_decay": 0.0}]
+    groups = [{"params": [p for name, p in named if (name == "pool.p") == gem], "weight_decay": decay}
+              for gem, decay in ((False, 1e-6), (True, 0.0))]
     optimizer = torch.optim.AdamW(groups, lr=options.lr)
     total = options.epochs * len(divide(state["rows"], options))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total, div_factor=10)
@@ -201,7 +188,6 @@ def optimization(net, options, state):
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     return optimizer, schedule
-
 
 def take_step(net, optimizer, parts, views, losses, state, wishes):
     """One optimizer step. -> sums over its parts, of all processes: each loss term, rows, wishes to stop."""
@@ -223,11 +209,9 @@ def take_step(net, optimizer, parts, views, losses, state, wishes):
     optimizer.step()
     return sums.tolist()  # the one wait for the device
 
-
 def save(path, net, state, optimizer, schedule, options, log):
     """Process 0 writes the run's folder, with the state to go on from until it is done. -> the time."""
     state.update(optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-    training = {"training": state} if state["epoch"] < options.epochs else {}
     if PROCESSES["rank"] == 0:
         versions = {"python": sys.version, "torch": torch.__version__, "torchvision": torchvision.__version__}
         about = {"command": sys.argv, "options": vars(options), "versions": versions}
@@ -235,9 +219,9 @@ def save(path, net, state, optimizer, schedule, options, log):
         log.truncate(0)
         log.writelines(json.dumps(entry) + "\n" for entry in state["log"].values())
         log.flush()
+        training = {"training": state} if state["epoch"] < options.epochs else {}
         save_checkpoint(path, net, options=vars(options), **training)
     return time.time()
-
 
 def report(state, names, schedule, began, options):
     """Log the epoch so far, and print it with the time left at the pace since `began`: (time, steps done)."""
@@ -257,7 +241,6 @@ def report(state, names, schedule, began, options):
         print(f"{options.out}  step {done}/{total}  {terms}  {images:.0f} images/s  {left} left",
               end="\033[K\r" if terminal and done < total else "\n", file=sys.stderr, flush=True)
 
-
 @contextlib.contextmanager
 def running(options):
     """Own the run's folder, or raise ValueError: yields its log, locked, and a list that Ctrl-C adds to."""
@@ -270,9 +253,8 @@ def running(options):
                 fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"another program is at work in {options.out}: give another --out") from error
-    if difference := other_options(options.out, options):
-        raise ValueError(f"{options.out} belongs to another run: {difference}; give another --out")
-
+    difference = other_options(options.out, options)
+    refuse(difference, f"{options.out} belongs to another run: {difference}; give another --out")
     def on_signal(number, _):
         wishes.append(number)
         signal.signal(number, signal.default_int_handler)  # the next one does not wait for the step
@@ -286,7 +268,6 @@ def running(options):
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 def draw_groups(labels, most, generator):
     """An epoch's anchors (R,), at most `most`: of classes with 4 images as many, in groups of 4, shuffled."""
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
@@ -294,7 +275,6 @@ def draw_groups(labels, most, generator):
     count = min(map(len, members)) // 4 * 4
     groups = torch.cat([m[torch.randperm(len(m), generator=generator)[:count]].view(-1, 4) for m in members])
     return groups[torch.randperm(len(groups), generator=generator)][:most // 4].flatten()
-
 
 def mine(net, dataset, decoder, epoch, options):
     """An epoch's rows (R, 1+M): anchors and negatives, by what the network makes of a pool of images now."""
@@ -312,20 +292,17 @@ def mine(net, dataset, decoder, epoch, options):
     add_up(rows.mul_(PROCESSES["rank"] == 0))  # another card may draw otherwise
     return rows
 
-
 def train(options):
     """Train the network that `options` describe, or continue, or load it. -> EmbeddingNet in eval mode."""
-    if options.batch < 8 or options.batch % 4 or options.forward % 4:
-        raise ValueError("--batch and --forward are multiples of 4, and a batch has at least two groups of 4")
-    dataset = load_dataset(options.dataset, options.root, "fit" if options.validation else "train")
+    refuse(options.batch < 8 or options.batch % 4 or options.forward % 4,
+           "--batch and --forward are multiples of 4, and a batch has at least two groups of 4")
+    dataset, each = load_split(options), 1 + NEGATIVES
     sizes = torch.tensor(dataset.labels).unique(return_counts=True)[1]
-    if (large := (sizes >= 4).sum()) < 2:
-        raise ValueError(f"{options.root or options.dataset} has {len(sizes)} training classes, {large} of "
-                         "them with 4 images or more: triplets need two such classes")
+    refuse((sizes >= 4).sum() < 2, f"{options.root or options.dataset} has {len(sizes)} training classes, "
+           f"{(sizes >= 4).sum()} of them with 4 images or more: triplets need two such classes")
     net = new_network(options, options.pooling, options.size)
     views = Views(dataset, [options.size], least=options.crop, seed=options.seed, device=options.device,
                   workers=options.workers)
-    each = 1 + NEGATIVES
     the_rest = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]], device=options.device)  # of a group
 
     def batches(epoch, rows, parts):
@@ -339,6 +316,13 @@ def train(options):
     rows_for = lambda epoch: mine(net, dataset, views.decoder, epoch, options)
     return fit(net, rows_for, batches, losses, ["triplet"], options)
 
+def table(options, teacher, students=(), baselines=(), size=None):
+    """Print what a run's networks make of its test images. -> images, rows and embeddings of trade_off."""
+    test = load_split(options, "test")
+    rows, found = trade_off(teacher, students, test, baselines, size, device=options.device,
+                            workers=options.workers, precision=options.precision)
+    print_table(rows)
+    return test, rows, found
 
 def parse(argv=None):
     """The options of a command line, whole and checked."""
@@ -349,14 +333,9 @@ def parse(argv=None):
     options.out = options.out or free_folder(options, options.size)
     return options
 
-
 def main(argv=None):
     options = parse(argv)
-    net = train(options)
-    test = load_dataset(options.dataset, options.root, "val" if options.validation else "test")
-    how = {name: getattr(options, name) for name in ("device", "workers", "precision")}
-    print_table(trade_off(net, [], test, **how)[0])
-
+    table(options, train(options))
 
 if __name__ == "__main__":
     run_command(main)
