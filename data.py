@@ -55,6 +55,8 @@ def run_command(main):
         add_up(torch.zeros(1))  # process 0 has its table still to make
     except KeyboardInterrupt as stop:
         code, say = 130, f"\n{str(stop) or 'interrupted'}"
+    except torch.OutOfMemoryError:
+        code, say = 2, "error: out of GPU memory: another --device has more, or --device cpu"
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"

@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from asymres import absolute_term, fingerprint, load_checkpoint, ss_term, ts_term
-from data import Decoder, Views, evaluation_batches, refuse, run_command, seeded, warn
+from data import Decoder, Views, evaluation_batches, refuse, run_command, seeded
 from evaluate import draw_queries, embed, extract
 from train import (NEGATIVES, RECIPES, draw_groups, fit, free_folder, load_split, new_network, parser, settle,
                    table, train)
@@ -43,10 +43,6 @@ def distill(teacher, options):
     """Distil a student of `teacher`, or continue, or load it if done. -> EmbeddingNet in eval mode."""
     small, large = options.student_size, options.teacher_size
     device, precision = options.device, options.precision
-    if teacher.size not in (None, large):
-        warn(f"the teacher was trained at {teacher.size} px and is used at {large}")
-    if small > large:
-        warn(f"the student's images ({small} px) are larger than the teacher's ({large})")
     options.teacher_weights = getattr(options, "teacher_weights", None) or fingerprint(teacher)
     options.out = options.out or free_folder(options, f"{large}to{small}")
     dataset, student = load_split(options), first_student(teacher, options)

@@ -87,7 +87,11 @@ def _by_class_size(query_labels, database_labels, same_images, chunk):
 def _scores(queries, database, rows, same_images):
     """Inner products (q, N) of some queries, in float32 at least; a query's own image gets -inf."""
     device, kind = database.device, torch.promote_types(database.dtype, torch.float32)
-    scores = queries[rows].to(device, kind) @ database.to(kind).T  # (q, D) @ (D, N) -> (q, N)
+    some, database = queries[rows].to(device, kind), database.to(kind)
+    if device.type == "cpu":  # numpy's BLAS took two thirds of the time of PyTorch's, on an AMD EPYC
+        scores = torch.from_numpy(some.numpy() @ database.detach().numpy().T)
+    else:
+        scores = some @ database.T  # (q, D) @ (D, N) -> (q, N)
     return scores.scatter_(1, rows[:, None].to(device), -torch.inf) if same_images else scores
 
 def _reaching(scores, bounds):
@@ -138,7 +142,7 @@ def embed(net, images, precision="float32"):
         return net(flat).unflatten(0, images.shape[:-3])
 
 @torch.no_grad()
-def extract(net, dataset, size, device=None, batch_size=64, workers=0, precision="float32", rows=None,
+def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", rows=None,
             lenient=False, decoder=None):
     """Embeddings (N, D), float32, on the CPU, of the images `rows` (all by default) at `size` px.
 
@@ -150,18 +154,9 @@ def extract(net, dataset, size, device=None, batch_size=64, workers=0, precision
     parts = [slice(start, min(start + batch_size, len(rows))) for start in starts]
     decoder = decoder or Decoder(dataset, workers, device, lenient=lenient)
     for places, images in evaluation_batches(decoder, rows, parts, size, device):
-        embeddings[places] = _embed_in_memory(net, images, precision).cpu()
+        embeddings[places] = embed(net, images, precision).cpu()
     add_up(embeddings)
     return embeddings
-
-def _embed_in_memory(net, images, precision):
-    """`embed`, in halves where a GPU's memory is too small."""
-    try:
-        return embed(net, images, precision)
-    except torch.OutOfMemoryError as error:
-        if len(images) == 1:
-            raise MemoryError("out of GPU memory with a single image: use --device cpu") from error
-    return torch.cat([_embed_in_memory(net, half, precision) for half in images.chunk(2)])
 
 @torch.no_grad()
 def cost(net, size, device=None, precision="float32"):

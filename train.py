@@ -284,7 +284,8 @@ def mine(net, dataset, decoder, epoch, options):
     anchors = draw_groups(labels, options.images, draw)
     pool = large[torch.randperm(len(large), generator=draw)[:POOL]]
     rows, place = torch.cat([anchors, pool]).unique(return_inverse=True)
-    e = extract(net, dataset, options.size, device, precision=options.precision, rows=rows, decoder=decoder)
+    e = extract(net, dataset, options.size, device, options.forward * (1 + NEGATIVES),
+                precision=options.precision, rows=rows, decoder=decoder)
     own, others = e.to(device)[place].split([len(anchors), len(pool)])  # (R, D), (N, D)
     drawn = draw_negatives(own, others, labels[anchors].to(device), labels[pool].to(device), NEGATIVES,
                            generator=seeded(options.seed, epoch, 1, device=device))
