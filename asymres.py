@@ -43,7 +43,7 @@ class EmbeddingNet(nn.Module):
     pooling     "gem", "gemmp" (one p per channel), "mac" (maximum) or "spoc" (mean)
     dim         D, the output of the whitening layer; 0: no such layer, D is the backbone's C
     pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
-    backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
+    backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`; `pretrained`: its statistics stand still
 
     Images are ImageNet-normalised. Batch-norm statistics stand still in training (scale and shift learn) if
     weights are pretrained, and in layers of `backbone` that came in eval mode. The head is in float32.
@@ -53,10 +53,10 @@ class EmbeddingNet(nn.Module):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
-        self.arch, self.pooling = "custom" if backbone else arch, pooling
+        self.arch, self.pooling = "custom" if backbone is not None else arch, pooling
         self.size, self.teacher, self.options = None, None, {}  # as a checkpoint says
-        self.backbone = backbone or _backbone(arch, pretrained)
-        self.frozen_batchnorm = bool(pretrained)
+        self.backbone = _backbone(arch, pretrained) if backbone is None else backbone
+        self.frozen_batchnorm = bool(pretrained)  # and the input as its weights had it
         self.frozen_layers = [m for m in self.backbone.modules() if is_batchnorm(m) and not m.training]
         channels = self._channels()
         self.pool = POOLINGS[pooling](channels)
@@ -182,7 +182,7 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
         cosine = anchors.to(kind) @ pool.to(kind).T  # (Q, D) @ (D, N) -> (Q, N)
     squared = (2 - 2 * cosine).clamp(0.25, 4 - 1e-6)  # d^2, and d < 2
     log_weight = (1 - dim / 2) * squared.log() - (dim - 3) / 2 * (1 - squared / 4).log()
-    log_weight.masked_fill_(same, 0)
+    log_weight.masked_fill_(same, 0)  # which counts in the maximum, too
     weight = (log_weight - log_weight.amax(1, keepdim=True)).exp_().add_(1e-6).masked_fill_(same, 0)
     total = weight.sum(1, keepdim=True)
     if not (total > 0).all():
@@ -249,7 +249,7 @@ def load_checkpoint(path_or_name, backbone=None):
     """The EmbeddingNet, in eval mode, of a file, ours or the authors', or a name in RELEASED, fetched once.
 
     Its `size` is the training resolution where file or name tells. A `backbone` of your own is needed again.
-    Raises as read_checkpoint.
+    Raises as read_checkpoint, and OSError where it cannot be fetched.
     """
     path = str(path_or_name)
     if path in RELEASED:

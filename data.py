@@ -13,7 +13,6 @@ import re
 import signal
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ def run_command(main):
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
     else:
         return distributed.is_initialized() and distributed.destroy_process_group()
-    if PROCESSES["rank"] == 0 or code == 2 and distributed.is_initialized():  # before, all say the same
+    if PROCESSES["rank"] == 0 or (code == 2 and distributed.is_initialized()):  # until then all say the same
         print(say, file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -85,27 +84,29 @@ def add_up(*tensors):
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         for tensor in tensors:
             distributed.all_reduce(tensor)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
         raise ConnectionError("another process of this program has ended, and so does this one") from error
 
 def read_image(path, most=None):
     """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
+    def sides(image, pixels):
+        return [side * (pixels / (image.width * image.height)) ** 0.5 for side in image.size]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                shrink = (most / (file.width * file.height)) ** 0.5 if most else 1
-                if shrink < 1:  # a JPEG partly while it is decoded
-                    file.thumbnail((file.width * shrink, file.height * shrink), Image.LANCZOS)
-                return as_rgb(ImageOps.exif_transpose(file))
+                if most:  # a JPEG partly while it is decoded
+                    file.draft(None, [int(side) for side in sides(file, 4 * most)])
+                image = as_rgb(ImageOps.exif_transpose(file))
+                if most and image.width * image.height > most:
+                    image.thumbnail(sides(image, most), Image.LANCZOS)
+                return image
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
 def as_rgb(image):
     """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, under its several names
+    if image.mode.startswith("I"):  # 16-bit grey, under its several names
         grey = np.asarray(image, dtype=np.float64) / 257
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -150,7 +151,8 @@ class ImageSet:
         i, size, most, lenient = key
         try:
             image = self.image(i, None if size else most)
-            return TF.pil_to_tensor(evaluation_crop(image, size) if size else image)
+            pixels = np.array(evaluation_crop(image, size) if size else image)
+            return torch.from_numpy(pixels).permute(2, 0, 1)
         except ValueError:
             if not lenient:
                 raise
@@ -161,8 +163,7 @@ def load_dataset(name, root=None, split="train", check=True):
     split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: there are
     as many images as published. Raises FileNotFoundError with the layout expected, ValueError for damage.
     """
-    if split not in ("train", "test", "fit", "val"):
-        raise ValueError(f"unknown split {split!r}: choose from train, test, fit, val")
+    refuse(split not in ("train", "test", "fit", "val"), f"no split {split!r}: train, test, fit or val")
     known, part = name.lower(), "test" if split == "test" else "train"
     if known == "synthetic":
         rows = list(zip(*synthetic(part)))  # of images, or else paths, and classes
@@ -174,8 +175,8 @@ def load_dataset(name, root=None, split="train", check=True):
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(rows)} images of {name} are missing in {root}, "
                                 f"first {', '.join(missing[:3])}")
-    if known in COUNTS and check and len(rows) != COUNTS[known][part]:
-        raise ValueError(f"{name} lists {len(rows)} images in {root}, {COUNTS[known][part]} are expected")
+    refuse(known in COUNTS and check and len(rows) != COUNTS[known][part],
+           f"{name} lists {len(rows)} images in {root}, not the {COUNTS.get(known, {}).get(part)} expected")
     if split != part:
         rows = _half(rows, split == "val")
     if not rows:
@@ -211,7 +212,7 @@ def _published(name, root):
     for top in ("", "CUB_200_2011", "Stanford_Online_Products"):
         place = os.path.join(root, top)
         try:
-            return [(os.path.join(place, path), int(np.uint16(label))) for path, label in _rows(name, place)]
+            return [(os.path.join(place, path), int(label)) for path, label in _rows(name, place)]
         except (FileNotFoundError, NotADirectoryError):
             pass
         except ImportError as error:
@@ -314,7 +315,7 @@ class Decoder:
                                  generator=torch.Generator())  # it would draw from the global one
 
     def __call__(self, keys):
-        self.keys[:] = [(*key, *self.how) for key in keys]
+        self.keys[:] = [(*key, *self.how) for key in keys]  # what the workers get
         return iter(self.loader)
 
 def _ignore_ctrl_c(_):
@@ -363,7 +364,8 @@ def crop_box(attempts, height, width, least):
 
 def crop_one_by_one(images, boxes, flip, size):
     """V uint8 images (3,H,W), V boxes, flip (V,) -> (V,3,size,size) float in [0,255]: fast on a CPU."""
-    crops = torch.stack([TF.resized_crop(image, *box, [size, size]) for image, box in zip(images, boxes)])
+    parts = [image[None, :, top:top + h, left:left + w] for image, (top, left, h, w) in zip(images, boxes)]
+    crops = torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
     crops[flip] = crops[flip].flip(-1)
     return crops.float()
 
@@ -390,32 +392,36 @@ def _resampling(start, length, size, full):
     return weights / weights.sum(2, keepdim=True)
 
 def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1], in place: each view by its own (V,4) numpy factors, order."""
-    for turn, operation in np.ndindex(4, 4):
-        rows = np.flatnonzero(order[:, turn] == operation)  # found in host memory: no device is waited for
-        if len(rows):
-            factor = torch.tensor(factors[rows, operation]).to(x, non_blocking=True)
-            rows = torch.tensor(rows).to(x.device, non_blocking=True)
-            x[rows] = _colour(x[rows], factor.view(-1, *[1] * (x.ndim - 1)), operation)
-    return x
+    """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
+    place = np.arange(len(x))  # of a row of x among the views: those of one operation are brought together
+    for turn in range(4):
+        together = order[place, turn].argsort(kind="stable")
+        place = place[together]
+        x = x[torch.tensor(together).to(x.device, non_blocking=True)]
+        factor = torch.tensor(factors[place, order[place, turn]]).to(x, non_blocking=True)
+        ends = order[place, turn].searchsorted([0, 1, 2, 3, 4])  # known on the host: no device is waited for
+        for operation, start, stop in zip(range(4), ends, ends[1:]):
+            _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
+    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
 
 def _colour(x, factor, operation):
-    """Brightness (0), contrast (1), saturation (2) or hue (3) of (v,...,3,h,w), factor (v,...,1,1,1)."""
+    """Brightness (0), contrast (1), saturation (2) or hue (3), in place: (v,...,3,h,w), (v,...,1,1,1)."""
     red, green, blue = x.unbind(-3)
+    if operation == 0:
+        return x.mul_(factor).clamp_(0, 1)
     if operation < 3:
         grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
-        other = [0 * factor, grey.mean((-2, -1), keepdim=True), grey][operation]
-        return x.mul_(factor).add_(other * (1 - factor)).clamp_(0, 1)
+        grey = grey.mean((-2, -1), keepdim=True) if operation == 1 else grey
+        return x.lerp_(grey, 1 - factor).clamp_(0, 1)
     low, high = x.amin(-3), x.amax(-3)
     chroma = high - low
     hue = torch.where(green == high, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
     hue = torch.where(red == high, green - blue, hue)
     hue = hue.div_(chroma.clamp(min=1e-12)).add_(6 * factor.squeeze(-3))  # in sixths of the circle
     hue -= (hue / 6).floor_().mul_(6)
-    for channel, centre, sign, end in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
-        ramp = (hue - centre).abs_().mul_(sign).add_(end).clamp_(0, 1)
-        torch.addcmul(low, chroma, ramp, out=channel)
-    return x
+    for channel, centre, start, sign in ((red, 3, low, 1), (green, 2, high, -1), (blue, 4, high, -1)):
+        ramp = (hue - centre).abs_().sub_(1).clamp_(0, 1)
+        torch.addcmul(start, chroma, ramp, value=sign, out=channel)
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
@@ -431,8 +437,6 @@ class Views:
         self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
         self.device = torch.device(device)
         self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
-        pool = ThreadPoolExecutor(torch.get_num_threads(), "views", torch.set_num_threads, (1,))
-        self.map = pool.map if self.device.type == "cpu" else map  # a thread for some views
 
     def __len__(self):
         return -(-self.length // self.batch_size)
@@ -450,31 +454,29 @@ class Views:
         places = [i for i in range(len(order)) if i // block in blocks]
         images, decoded = {}, self.decoder([(int(order[i]), 0) for i in places])
         for part in parts:
-            while places and places[0] < part.stop + block - 1:  # an even flow, not a block at a time
+            while places and places[0] < part.stop + block - 1:  # the part's last block, at an even flow
                 images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
             some = draws[part.start * A:part.stop * A]
-            yield tuple(self._render(images, some, size).unflatten(0, (-1, A)) for size in self.sizes)
+            sources = np.stack([some.image, some.partner], axis=1)[:, :1 + self.mixup]  # (V, K)
+            frames, crop = [images[i] for i in sources.flat], some.crop.repeat(sources.shape[1], axis=0)
+            boxes = [crop_box(c, *frame.shape[1:], self.least) for c, frame in zip(crop, frames)]
+            yield tuple(self._render(some, frames, boxes, size).unflatten(0, (-1, A)) for size in self.sizes)
             images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
-    def _render(self, images, draws, size):
+    def _render(self, draws, frames, boxes, size):
         """Views (V,3,size,size), a few at a time: in a CPU's cache, or in bounded memory of a GPU."""
-        sides = torch.tensor([image.shape[1:] for image in images.values()]).amax(0)
-        crop, few = crop_one_by_one, 2 ** 16 // size ** 2
+        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, len(frames) // len(draws), []
         if self.device.type != "cpu":
-            crop, few = crop_by_products, 2 ** 26 // int(sides.clamp(min=size).prod())
-
-        def render(d):
-            sources = np.stack([d.image, d.partner], axis=1)[:, :1 + self.mixup]  # (v, K)
-            V, K = sources.shape
-            some = [images[i] for i in sources.flat]
-            boxes = [crop_box(d.crop[v // K], *image.shape[1:], self.least) for v, image in enumerate(some)]
-            x = crop(some, boxes, d.flip.repeat(K), size).div_(255).unflatten(0, (V, K))  # (v, K, 3, s, s)
-            if self.jitter:
+            sides = torch.tensor([frame.shape[1:] for frame in frames]).amax(0).clamp(min=size)
+            crop, count = crop_by_products, 2 ** 26 // int(sides.prod())
+        for v in range(0, len(draws), count := max(1, count)):
+            d, of = draws[v:v + count], slice(v * K, (v + count) * K)
+            x = crop(frames[of], boxes[of], d.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
+            if self.jitter:  # (v, K, 3, s, s)
                 x = jitter(x, d.factors, d.order)
             weight = torch.tensor(d.weight).to(x, non_blocking=True)[:, None, None, None]
-            return normalize(torch.lerp(x[:, 1], x[:, 0], weight) if self.mixup else x[:, 0])
-        few = max(1, few)
-        return torch.cat(list(self.map(render, [draws[v:v + few] for v in range(0, len(draws), few)])))
+            views.append(normalize(torch.lerp(x[:, 1], x[:, 0], weight) if self.mixup else x[:, 0]))
+        return torch.cat(views)
 
 def most_pixels(size, least):
     """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more are no use."""

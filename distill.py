@@ -3,7 +3,8 @@
     python distill.py  # the embedded data set: minutes on two cores
     python distill.py --teacher runs/cub-448/model.pt --student-size 224  # the paper's setting, one GPU
 
-Without --teacher one is trained first, and a baseline with labels at the small size that sees as many images.
+Without --teacher one is trained first, and a baseline with labels at the small size that sees as many images,
+both by train.py's recipe.
 The table at the end: what small queries find in a database of large images.
 """
 import argparse
@@ -82,9 +83,11 @@ def first_student(teacher, options):
     return student
 
 def with_labels(options, size, fair=False):
-    """train.py's options for the teacher of a run, or for a baseline that sees as many images as the student."""
+    """train.py's options for the teacher of a run, or for a baseline that sees as many images."""
     recipe = {"pooling": "gem", **RECIPES["teacher"][options.dataset], "size": size}
-    shared = ["dataset", "root", "trained_on", "validation", "arch", "dim", "seed", "precision", "device",
+    if options.forward < RECIPES["student"][options.dataset]["forward"]:  # lowered, for want of memory
+        recipe["forward"] = max(4, options.forward // 4 * 4)
+    shared = ["dataset", "root", "training_set", "validation", "arch", "dim", "seed", "precision", "device",
               "workers"] + ["weights"] * (options.weights != "teacher")
     if fair:
         dataset = load_split(options)

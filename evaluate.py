@@ -123,7 +123,8 @@ def find_device(name=None):
     if kind == "cpu":
         return torch.device(kind)
     number, there = number or os.environ.get("LOCAL_RANK", "0"), map(str, range(torch.cuda.device_count()))
-    refuse(kind != "cuda" or number not in there, f"--device {name}: PyTorch finds no CUDA GPU of that name")
+    refuse(kind != "cuda" or number not in there,
+           f"--device {name or f'cuda:{number}'}: PyTorch finds no CUDA GPU of that name")
     torch.cuda.set_device(int(number))
     return torch.device(kind, int(number))
 
@@ -146,7 +147,8 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
             lenient=False, decoder=None):
     """Embeddings (N, D), float32, on the CPU, of the images `rows` (all by default) at `size` px.
 
-    lenient: images that cannot be read become zeros instead of a ValueError. Work is shared under torchrun.
+    The network goes to `device`, in eval mode. lenient: images that cannot be read become zeros instead of a
+    ValueError. Work is shared under torchrun.
     """
     device, rows = find_device(device), range(len(dataset)) if rows is None else rows
     net, embeddings = net.to(device).eval(), torch.zeros(len(rows), net.dim)
@@ -160,7 +162,7 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
 
 @torch.no_grad()
 def cost(net, size, device=None, precision="float32"):
-    """GFLOPs of one query of `size` px, and its median milliseconds on `device`, decoding left out."""
+    """GFLOPs (a multiply-add is 2) and median milliseconds on `device` of a query, pixels to embedding."""
     device = find_device(device)
     net, image, times = net.to(device).eval(), torch.zeros(1, 3, size, size, device=device), []
     with FlopCounterMode(display=False) as counter:
@@ -207,7 +209,7 @@ def draw_queries(path, dataset, found, queries=6, top=8, seed=0):
     """A PNG of random queries as the student sees them, and what teacher and student find with them."""
     (small, large), labels = found["sizes"], dataset.labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [i for i in order if labels.count(labels[i]) > 1][:queries]
+    chosen = [i for i, _ in zip((i for i in order if labels.count(labels[i]) > 1), range(queries))]
     tile, step, left, height = 132, 142, 424, 304  # px: an answer, and the next; where they begin; a query
     sheet = Image.new("RGB", (left + top * step, 46 + len(chosen) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
@@ -216,13 +218,14 @@ def draw_queries(path, dataset, found, queries=6, top=8, seed=0):
     for line, query in enumerate(chosen):
         shown, y = evaluation_crop(dataset.image(query), small), 56 + line * height
         sheet.paste(shown.resize((step + tile, step + tile), Image.NEAREST), (10, y))
-        for y, name, caption in ((y, "teacher", "no\ndistillation"), (y + step, "student", "student")):
+        for name, caption in (("teacher", "no\ndistillation"), ("student", "student")):
             pen.text((left - 20, y + tile / 2), caption, "black", font, anchor="rm", align="right")
             nearest = knn(found[name][query:query + 1], found["database"], top + 1)[1][0]
             for place, image in enumerate(nearest[nearest != query][:top].tolist()):
                 shown = evaluation_crop(dataset.image(image), large).resize((tile - 12, tile - 12))
                 colour = "#1a9850" if labels[image] == labels[query] else "#d73027"
                 sheet.paste(ImageOps.expand(shown, 6, colour), (left + place * step, y))
+            y += step
     sheet.save(path, "PNG")
 
 def build_index(teacher, folder, path, **how):
@@ -248,8 +251,8 @@ def search(student, index, images, top=5, **how):
     except (TypeError, LookupError, AttributeError, ValueError) as error:
         raise ValueError(f"{index} is not an index that evaluate.py wrote") from error
     refuse(dim != student.dim, f"the student has {student.dim} dimensions, the index {index} has {dim}")
-    known = student.teacher or student.options  # a student of the authors does not say who its teacher is
-    refuse(known and network not in (student.teacher, fingerprint(student)),
+    ours = student.teacher or student.options  # a student of the authors does not say who its teacher is
+    refuse(ours and network not in (student.teacher, fingerprint(student)),
            f"the index {index} was made by another network than the student's teacher")
     queries = extract(student, ImageSet([0] * len(images), images), student.size, **how)
     found = zip(images, *(x.tolist() for x in knn(queries, embeddings, top)))

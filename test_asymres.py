@@ -490,7 +490,7 @@ def test_published_layouts(tmp_path, name, write, top, train_labels, test_labels
         for split, labels in (("train", train_labels), ("test", test_labels)):
             dataset = load_dataset(name, str(root), split, check=False)
             assert dataset.labels == labels and dataset.image(0).size == (50, 40)
-    with pytest.raises(ValueError, match=f"{data.COUNTS[name.lower()]['train']} are expected"):
+    with pytest.raises(ValueError, match=f"{data.COUNTS[name.lower()]['train']} expected"):
         load_dataset(name, str(root))
     os.remove(dataset.paths[1])
     with pytest.raises(FileNotFoundError, match=f"1 of the 2 .* missing .*{re.escape(dataset.paths[1])}"):
@@ -714,7 +714,7 @@ def test_what_a_student_inherits(tiny, teacher, tmp_path, capsys):
     before = done.stat().st_mtime_ns
     student_of(plain.rename(moved), tmp_path / "s", epochs=1)   # finished: loaded, not trained again
     assert done.stat().st_mtime_ns == before
-    for net, lr, difference in ((moved, 0.5, "its --lr is 0.001, not 0.5"), (teacher, 1e-3, "another run")):
+    for net, lr, difference in ((moved, 0.5, "its lr is 0.001, not 0.5"), (teacher, 1e-3, "another run")):
         assert difference in fails(capsys, distill, *distilled(net, tmp_path / "s", epochs=1, lr=lr))
 
 def test_a_run_without_a_teacher_trains_its_own(tiny, tmp_path, monkeypatch, capsys):

@@ -52,7 +52,7 @@ def parser(role, description):
     result = argparse.ArgumentParser(description=description, epilog=f"defaults by data set\n{recipes}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = result.add_argument
-    add("--dataset", help="cub, cars, sop, synthetic (default), or a folder of class folders")
+    add("--dataset", help="cub, cars, sop, synthetic or a folder of class folders; default: as the teacher")
     add("--root", help="where the data set is")
     add("--out", help="folder of this run; by default under runs/, named by data set, size and seed")
     add("--arch", help="a torchvision convolutional classifier, resnet10, or timm/NAME")
@@ -80,14 +80,14 @@ def settle(options, role, inherited={"dataset": "synthetic"}, *networks):
     defaults = {"workers": workers, **RECIPES[role][options.dataset]}
     defaults |= {name: value for name, value in inherited.items() if value is not None}
     for name, value in vars(options).items():
-        value = defaults.get(name) if value is None and name != "root" else value
+        value = defaults.get(name) if value is None and name != "root" else value  # root is settled
         bad = type(value) in (int, float) and (value < 0 or value == 0 and name not in MAY_BE_0)
         refuse(bad or name == "crop" and value > 1, f"--{name.replace('_', '-')} cannot be {value}")
         setattr(options, name, value)
     device = find_device(options.device)
     options.device, options.precision = str(device), set_precision(options.precision, device)
     options.validation = held_back(options.validation, options.dataset, options.root, *networks)
-    options.trained_on = load_split(options).fingerprint()
+    options.training_set = load_split(options).fingerprint()
     load_split(options, "test")  # both are whole, or there is no run
     return options
 
@@ -122,7 +122,7 @@ def other_options(out, options):
         theirs = read_checkpoint(Path(out, "model.pt")).get("options", {})
         for name, ours in vars(options).items():
             if name not in MOVABLE and theirs.get(name) != ours:
-                return f"its --{name.replace('_', '-')} is {theirs.get(name)}, not {ours}"
+                return f"its {name.replace('_', ' ')} is {theirs.get(name)}, not {ours}"
 
 def fit(net, rows_for, batches, losses, names, options):
     """Train `net` in the folder `options.out`, from its checkpoint if there is one; returns it in eval mode.
@@ -269,7 +269,7 @@ def running(options):
             signal.signal(number, handler)
 
 def draw_groups(labels, most, generator):
-    """An epoch's anchors (R,), at most `most`: of classes with 4 images as many, in groups of 4, shuffled."""
+    """An epoch's anchors (R,), R <= `most`, groups of 4: equally many of each class that has 4, shuffled."""
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     members = [m for m in members if len(m) >= 4]
     count = min(map(len, members)) // 4 * 4
@@ -295,8 +295,8 @@ def mine(net, dataset, decoder, epoch, options):
 
 def train(options):
     """Train the network that `options` describe, or continue, or load it. -> EmbeddingNet in eval mode."""
-    refuse(options.batch < 8 or options.batch % 4 or options.forward % 4,
-           "--batch and --forward are multiples of 4, and a batch has at least two groups of 4")
+    refuse(options.batch < 8 or options.batch % 4 or options.forward % 4 or options.images < 4,
+           "--batch and --forward are multiples of 4, a batch has at least two groups of 4, --images one")
     dataset, each = load_split(options), 1 + NEGATIVES
     sizes = torch.tensor(dataset.labels).unique(return_counts=True)[1]
     refuse((sizes >= 4).sum() < 2, f"{options.root or options.dataset} has {len(sizes)} training classes, "
