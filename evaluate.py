@@ -9,6 +9,7 @@ import json
 import os
 import time
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,18 +18,20 @@ from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomica
 from data import (PROCESSES, Decoder, ImageSet, add_up, default_workers, evaluation_batches, evaluation_crop,
                   list_images, load_dataset, refuse, run_command, settle_dataset, warn)
 
+FEW = 128  # correct images of a query: for more, its scores are sorted
+
 @torch.no_grad()
-def knn(queries, database, k, same_images=False, chunk=2 ** 25):
+def knn(queries, database, k, same_images=False, chunk=2 ** 26):
     """Scores and rows (Q, k) of the k best of (N, D) for each of (Q, D), best first; ties in any order."""
     refuse(k < 1, f"k must be a positive integer, not {k}")
-    parts = torch.arange(len(queries)).split(max(1, chunk // len(database)))
-    k = min(k, len(database) - same_images)
-    found = [_scores(queries, database, rows, same_images).topk(k) for rows in parts]
+    k, room = min(k, len(database) - same_images), _room(queries, database, chunk)
+    parts = torch.arange(len(queries)).split(len(room))
+    found = [_scores(queries, database, rows, same_images, room).topk(k) for rows in parts]
     return tuple(map(torch.cat, zip(*found)))
 
 @torch.no_grad()
 def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2, 4, 8), same_images=True,
-                      chunk=2 ** 25):
+                      chunk=2 ** 26):
     """{metric: mean over queries, in [0, 1]} of queries (Q, D), database (N, D), integer labels (Q,), (N,).
 
     The n images with a query's label are correct, the j-th best of them has rank r, both from 0; at equal
@@ -48,11 +51,11 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     """
     labels = [torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels)]
     _check(queries, database, *labels, ks, same_images)
-    sums, count, kind = {}, 0, torch.promote_types(database.dtype, torch.float32)
-    longest = [x.to(kind).norm(dim=1).max().item() for x in (queries, database)]
-    rounding = 4 * torch.finfo(kind).eps * longest[0] * longest[1]  # within it, scores are equal
+    sums, count, room = {}, 0, _room(queries, database, chunk)
+    longest = [x.to(room.dtype).norm(dim=1).max().item() for x in (queries, database)]
+    rounding = 4 * torch.finfo(room.dtype).eps * longest[0] * longest[1]  # within it, scores are equal
     for rows, correct in _by_class_size(*labels, same_images, chunk):  # (q,), (q, n)
-        correct, scores = correct.to(database.device), _scores(queries, database, rows, same_images)  # (q, N)
+        correct, scores = correct.to(room.device), _scores(queries, database, rows, same_images, room)
         best = scores.gather(1, correct).sort(descending=True).values[:, :correct.shape[1] - same_images]
         wrong = scores.scatter_(1, correct, -torch.inf)
         before = _reaching(wrong, best - rounding)  # (q, n) wrong images before each correct one
@@ -81,22 +84,27 @@ def _by_class_size(query_labels, database_labels, same_images, chunk):
     first = torch.searchsorted(ordered, query_labels)
     size = torch.searchsorted(ordered, query_labels, right=True) - first
     for n in size[size > same_images].unique().tolist():
-        for rows in (size == n).nonzero()[:, 0].split(max(1, chunk // (len(by_class) + 8 * n))):
+        each = len(by_class) * (4 if n > FEW else 1) + 8 * n  # numbers a query; a sort takes more
+        for rows in (size == n).nonzero()[:, 0].split(max(1, chunk // each)):
             yield rows, by_class[first[rows, None] + torch.arange(n)]
 
-def _scores(queries, database, rows, same_images):
-    """Inner products (q, N) of some queries, in float32 at least; a query's own image gets -inf."""
-    device, kind = database.device, torch.promote_types(database.dtype, torch.float32)
-    some, database = queries[rows].to(device, kind), database.to(kind)
-    if device.type == "cpu":  # numpy's BLAS took two thirds of the time of PyTorch's, on an AMD EPYC
-        scores = torch.from_numpy(some.numpy() @ database.detach().numpy().T)
+def _room(queries, database, chunk):
+    """Room for the scores of some queries with the whole database, in float32 at least: it is used again."""
+    kind, rows = torch.promote_types(database.dtype, torch.float32), min(len(queries), chunk // len(database))
+    return torch.empty(max(1, rows), len(database), dtype=kind, device=database.device)
+
+def _scores(queries, database, rows, same_images, room):
+    """Inner products (q, N) of some queries, in `room`; a query's own image gets -inf."""
+    some, database, scores = queries[rows].to(room), database.detach().to(room), room[:len(rows)]
+    if room.device.type == "cpu":  # on an AMD EPYC numpy's BLAS takes two thirds of the time of PyTorch's
+        np.matmul(some.numpy(), database.numpy().T, out=scores.numpy())
     else:
-        scores = some @ database.T  # (q, D) @ (D, N) -> (q, N)
-    return scores.scatter_(1, rows[:, None].to(device), -torch.inf) if same_images else scores
+        torch.mm(some, database.T, out=scores)  # (q, D) @ (D, N) -> (q, N)
+    return scores.scatter_(1, rows[:, None].to(room.device), -torch.inf) if same_images else scores
 
 def _reaching(scores, bounds):
     """How many of a query's scores (q, N) reach each of its bounds (q, n)."""
-    if bounds.shape[1] > 128:
+    if bounds.shape[1] > FEW:
         return scores.shape[1] - torch.searchsorted(scores.sort().values, bounds.contiguous())
     total, width = torch.zeros_like(bounds), 512 if scores.device.type == "cpu" else scores.shape[1]
     for tile in scores.split(width, dim=1):  # stays in a CPU's cache for all bounds
