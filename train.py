@@ -38,7 +38,7 @@ RECIPES = {
         "cars": dict(STUDENT, lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731),
         "sop": dict(STUDENT, lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778),
         "folder": dict(STUDENT, lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684),
-        "synthetic": dict(EGGS, epochs=10, forward=8, crop=0.5, teacher_size=64, student_size=32, copies=8,
+        "synthetic": dict(EGGS, epochs=6, forward=8, crop=0.5, teacher_size=64, student_size=32, copies=8,
                           batch=8, lr=4e-3, lambda_ts=0.75, lambda_ss=0.75)}}
 NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
 SETTLED = 0.7  # of the epochs; then batch-norm statistics stand still: a network ends trained as it is used
