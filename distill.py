@@ -101,11 +101,11 @@ def main(argv=None):
     baselines, large, small = [], options.teacher_size, options.student_size
     if not teacher:
         options.teacher_weights = "its own"  # not trained yet; the same options train the same one
-        parts = {"teacher": with_labels(options, large), "baseline": with_labels(options, small, fair=True)}
+        parts = {"baseline": with_labels(options, small, fair=True), "teacher": with_labels(options, large)}
         options.out = options.out or free_folder(options, f"{large}to{small}", parts.items())
         for part, own in parts.items():
             own.out = f"{options.out}/{part}"
-        teacher, *baselines = map(train, parts.values())
+        *baselines, teacher = map(train, parts.values())  # a size that is too small shows at once
     student = distill(teacher, options)
     test, rows, found = table(options, teacher, [student], baselines, large)
     if rows:

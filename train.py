@@ -203,7 +203,9 @@ def take_step(net, optimizer, parts, views, losses, state, wishes):
     sums[-1] = len(wishes)
     training = [layer for layer in net.modules() if is_batchnorm(layer) and layer.training]
     statistics = [value for layer in training for value in (layer.running_mean, layer.running_var)]
-    add_up(sums, *statistics, *(p.grad for p in parameters))
+    gradients = [parameter.grad for parameter in parameters]
+    add_up(sums, *statistics, *gradients)
+    sums[0] += 0 * torch.nn.utils.get_total_norm(gradients)  # if they are not finite, nor is the loss
     for value in statistics:  # of batch-norm that trains: their mean over the processes
         value /= PROCESSES["count"]
     optimizer.step()
