@@ -44,49 +44,6 @@ VIEW = np.dtype([("image", int), ("partner", int),  # places in the epoch's orde
                  ("weight", float)], align=True)  # of the image itself in mixup
 PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
 
-def run_command(main):
-    """Run a program: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
-    PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
-    if PROCESSES["rank"]:
-        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-    try:
-        main()
-        add_up(torch.zeros(1))  # process 0 has its table still to make
-    except KeyboardInterrupt as stop:
-        code, say = 130, f"\n{str(stop) or 'interrupted'}"
-    except torch.OutOfMemoryError:
-        code, say = 2, "error: out of GPU memory: another --device has more, or --device cpu"
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
-        code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
-    else:
-        return distributed.is_initialized() and distributed.destroy_process_group()
-    if PROCESSES["rank"] == 0 or (code == 2 and distributed.is_initialized()):  # until then all say the same
-        print(say, file=sys.stderr, flush=True)
-    sys.exit(code)
-
-def refuse(wrong, sentence):
-    """Raise ValueError with a sentence if something is wrong."""
-    if wrong:
-        raise ValueError(sentence)
-
-def warn(sentence):
-    """One line on stderr for what may be meant, but often is not."""
-    if PROCESSES["rank"] == 0:
-        print(f"warning: {sentence}", file=sys.stderr)
-
-def add_up(*tensors):
-    """Sum each tensor over the processes of a program, in place: the same sum in all."""
-    if PROCESSES["count"] == 1:
-        return
-    try:
-        if not distributed.is_initialized():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
-    except RuntimeError as error:
-        raise ConnectionError("another process of this program has ended, and so does this one") from error
-
 def read_image(path, most=None):
     """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
     def sides(image, pixels):
@@ -487,6 +444,49 @@ def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_siz
     """Coupled views (see Views): iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)) of an epoch."""
     return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers,
                  device, seed)
+
+def run_command(main):
+    """Run a program: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
+    PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
+    if PROCESSES["rank"]:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+    try:
+        main()
+        add_up(torch.zeros(1))  # process 0 has its table still to make
+    except KeyboardInterrupt as stop:
+        code, say = 130, f"\n{str(stop) or 'interrupted'}"
+    except torch.OutOfMemoryError:
+        code, say = 2, "error: out of GPU memory: another --device has more, or --device cpu"
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
+        code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
+    else:
+        return distributed.is_initialized() and distributed.destroy_process_group()
+    if PROCESSES["rank"] == 0 or (code == 2 and distributed.is_initialized()):  # until then all say the same
+        print(say, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+def refuse(wrong, sentence):
+    """Raise ValueError with a sentence if something is wrong."""
+    if wrong:
+        raise ValueError(sentence)
+
+def warn(sentence):
+    """One line on stderr for what may be meant, but often is not."""
+    if PROCESSES["rank"] == 0:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+def add_up(*tensors):
+    """Sum each tensor over the processes of a program, in place: the same sum in all."""
+    if PROCESSES["count"] == 1:
+        return
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this program has ended, and so does this one") from error
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the same numbers everywhere; CUDA would not survive a fork
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ import torchvision
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TV
-
 import data
 import distill
 import evaluate
@@ -369,10 +367,12 @@ def test_evaluation_transform():
     close(data.evaluation_transform(64)(image), torch.tensor(expected).permute(2, 0, 1).float())
     assert data.evaluation_transform(7)(Image.new("RGB", (300, 1))).shape == (3, 7, 7)
 
-@pytest.mark.parametrize("name", ["big.jpg", "big.png"])
+@pytest.mark.parametrize("name", ["big.jpg", "big.png", "deep.png", "palette.png"])
 def test_big_images_are_shrunk_while_they_are_read(tmp_path, name):
     """To what their smallest crop needs: views differ by little from those of the whole image."""
     soft, most = RGB.resize((4, 3)).resize((1200, 900), Image.BICUBIC), data.most_pixels(32, 0.5)
+    deep = Image.fromarray(np.asarray(soft.convert("L")).astype(np.uint16) * 257)
+    soft = {"deep.png": deep, "palette.png": soft.quantize(16)}.get(name, soft)
     soft.save(tmp_path / name, quality=95)
     image, dataset = read_image(tmp_path / name, most), ImageSet([0], [str(tmp_path / name)])
     assert 0.9 * most < image.width * image.height <= most and abs(image.width / image.height - 4 / 3) < 0.1
