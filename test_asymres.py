@@ -718,14 +718,14 @@ def test_what_a_student_inherits(tiny, teacher, tmp_path, capsys):
         assert difference in fails(capsys, distill, *distilled(net, tmp_path / "s", epochs=1, lr=lr))
 
 def test_a_run_without_a_teacher_trains_its_own(tiny, tmp_path, monkeypatch, capsys):
-    """In folders of its own: none that nobody named is in the way of other options. A NaN gradient stops it."""
+    """In folders of its own: none that nobody named is in the way of others. A NaN gradient stops it."""
     monkeypatch.chdir(tmp_path)
     recipe = {**train.RECIPES["teacher"]["folder"], "epochs": 2, "batch": 8}
     monkeypatch.setitem(train.RECIPES["teacher"], "folder", recipe)
     argv, calls = small(tiny, None, teacher_size=48, student_size=32, copies=2, epochs=1), itertools.count(1)
     with monkeypatch.context() as broken:
         broken.setattr(train, "triplet_loss", lambda a, p, *more: triplet_loss(a, p, *more) + 0 * (
-            a * (next(calls) < 6 and torch.equal(p[1], a[[0, 2, 3]]))).sum().abs().sqrt())  # its gradient: NaN
+            a * (next(calls) < 6 and torch.equal(p[1], a[[0, 2, 3]]))).sum().abs().sqrt())  # slope NaN
         assert "not finite at epoch 1, step 2" in fails(capsys, distill, *argv, "--forward", "8")
     for options in (["--dim", "4"], [], ["--dim", "4"]):
         distill.main(argv + options)
