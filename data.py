@@ -431,8 +431,10 @@ class Views:
             x = crop(frames[of], boxes[of], d.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
             if self.jitter:  # (v, K, 3, s, s)
                 x = jitter(x, d.factors, d.order)
-            weight = torch.tensor(d.weight).to(x, non_blocking=True)[:, None, None, None]
-            views.append(normalize(torch.lerp(x[:, 1], x[:, 0], weight) if self.mixup else x[:, 0]))
+            if self.mixup:
+                weight = torch.tensor(d.weight).to(x, non_blocking=True)[:, None, None, None]
+                x = torch.lerp(x[:, 1:], x[:, :1], weight[..., None])
+            views.append(normalize(x[:, 0]))
         return torch.cat(views)
 
 def most_pixels(size, least):

@@ -24,7 +24,7 @@ FEW = 128  # correct images of a query: for more, its scores are sorted
 def knn(queries, database, k, same_images=False, chunk=2 ** 26):
     """Scores and rows (Q, k) of the k best of (N, D) for each of (Q, D), best first; ties in any order."""
     refuse(k < 1, f"k must be a positive integer, not {k}")
-    k, room = min(k, len(database) - same_images), _room(queries, database, chunk)
+    (database, room), k = _room(queries, database, chunk), min(k, len(database) - same_images)
     parts = torch.arange(len(queries)).split(len(room))
     found = [_scores(queries, database, rows, same_images, room).topk(k) for rows in parts]
     return tuple(map(torch.cat, zip(*found)))
@@ -51,7 +51,7 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     """
     labels = [torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels)]
     _check(queries, database, *labels, ks, same_images)
-    sums, count, room = {}, 0, _room(queries, database, chunk)
+    (database, room), sums, count = _room(queries, database, chunk), {}, 0
     longest = [x.to(room.dtype).norm(dim=1).max().item() for x in (queries, database)]
     rounding = 4 * torch.finfo(room.dtype).eps * longest[0] * longest[1]  # within it, scores are equal
     for rows, correct in _by_class_size(*labels, same_images, chunk):  # (q,), (q, n)
@@ -89,13 +89,13 @@ def _by_class_size(query_labels, database_labels, same_images, chunk):
             yield rows, by_class[first[rows, None] + torch.arange(n)]
 
 def _room(queries, database, chunk):
-    """Room for the scores of some queries with the whole database, in float32 at least: it is used again."""
-    kind, rows = torch.promote_types(database.dtype, torch.float32), min(len(queries), chunk // len(database))
-    return torch.empty(max(1, rows), len(database), dtype=kind, device=database.device)
+    """The database in float32 at least, and room for its scores with some queries, used again and again."""
+    database = database.detach().to(torch.promote_types(database.dtype, torch.float32))
+    return database, database.new_empty(max(1, min(len(queries), chunk // len(database))), len(database))
 
 def _scores(queries, database, rows, same_images, room):
     """Inner products (q, N) of some queries, in `room`; a query's own image gets -inf."""
-    some, database, scores = queries[rows].to(room), database.detach().to(room), room[:len(rows)]
+    some, scores = queries[rows].detach().to(room), room[:len(rows)]
     if room.device.type == "cpu":  # on an AMD EPYC numpy's BLAS takes two thirds of the time of PyTorch's
         np.matmul(some.numpy(), database.numpy().T, out=scores.numpy())
     else:
