@@ -33,7 +33,6 @@ from evaluate import extract, knn, retrieval_metrics
 torch.set_num_threads(1)                    # no threads that a forked process would lack
 HERE, close = Path(__file__).parent, torch.testing.assert_close
 T, D, E = train, distill, evaluate
-
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
