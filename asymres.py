@@ -3,8 +3,8 @@
     net = EmbeddingNet("resnet50", dim=512)  # images (B,3,H,W) -> unit vectors (B,D)
     loss = distillation_loss(student_views, teacher_views, lambda_ts=0.77, lambda_ss=0.67)
 
-This file needs torch, torchvision and numpy only: copy it. Vectors are rows, (N, D).
-B images, A views (augmented copies) of each, D dimensions, C channels, P positives and M negatives an anchor.
+Needs torch, torchvision and numpy only: copy it. Vectors are rows, (N, D). B images, A views (augmented
+copies) of each, D dimensions, C channels; P positives and M negatives an anchor.
 """
 import hashlib
 import os
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 POOLINGS = {"gem": lambda channels: GeM(), "gemmp": lambda channels: GeM(channels=channels),
             "mac": lambda channels: nn.AdaptiveMaxPool2d(1), "spoc": lambda channels: nn.AdaptiveAvgPool2d(1)}
+BATCHNORM = nn.modules.batchnorm._BatchNorm  # layers of any kind
 INCEPTIONS = ("googlenet", "inception_v3")  # pretrained on (x - 0.5) / 0.5 of pixels x
 RELEASED = [f"{data}-{size}-resnet50-512-gem-w" for data in ("cub", "cars", "sop")
             for size in ("448r", "224r", "S224r-T448r")]
@@ -29,8 +30,7 @@ class GeM(nn.Module):
     """Mean of clamp(x, eps)^p over positions, ^(1/p): (B,C,h,w) -> (B,C). p, one or C of them, is learned."""
     def __init__(self, p=3.0, channels=1, eps=1e-6):
         super().__init__()
-        self.p = nn.Parameter(torch.full((channels,), float(p)))
-        self.eps = eps
+        self.p, self.eps = nn.Parameter(torch.full((channels,), float(p))), eps
 
     def forward(self, x):
         p = self.p.to(x.dtype)
@@ -43,44 +43,40 @@ class EmbeddingNet(nn.Module):
     pooling     "gem", "gemmp" (one p per channel), "mac" (maximum) or "spoc" (mean)
     dim         D, the output of the whitening layer; 0: no such layer, D is the backbone's C
     pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
-    backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`; `pretrained`: its statistics stand still
+    backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
 
-    Images are ImageNet-normalised. Batch-norm statistics stand still in training (scale and shift learn) if
-    weights are pretrained, and in layers of `backbone` that came in eval mode. The head is in float32.
-    `size`: the side in px it was trained at, if known. Raises ValueError for what is unknown or missing.
+    Images are ImageNet-normalised. The statistics of batch-norm stand still if weights are pretrained, and in
+    layers of `backbone` in eval mode. The head is in float32. Raises ValueError for what is unknown or missing.
     """
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
         self.arch, self.pooling = "custom" if backbone is not None else arch, pooling
-        self.size, self.teacher, self.options = None, None, {}  # as a checkpoint says
+        self.size, self.teacher, self.options = None, None, {}  # side in px it is trained at; as files say
         self.backbone = _backbone(arch, pretrained) if backbone is None else backbone
         self.frozen_batchnorm = bool(pretrained)  # and the input as its weights had it
-        self.frozen_layers = [m for m in self.backbone.modules() if is_batchnorm(m) and not m.training]
-        channels = self._channels()
+        self.frozen_layers = [m for m in self.backbone.modules() if isinstance(m, BATCHNORM) and not m.training]
+        try:  # C by looking: classifiers' own attributes lie for VGG, DenseNet and MobileNetV3
+            image = torch.zeros(1, 3, 224, 224)
+            with torch.no_grad():
+                features = self.backbone.eval()(image.to(next(self.parameters(), image)))
+            _, channels, height, width = features.shape
+            assert height == width  # else it is (B,h,w,C)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise ValueError(f"{self.arch} has no feature map (B,C,h,w): is it convolutional?") from error
         self.pool = POOLINGS[pooling](channels)
         self.whiten = nn.Linear(channels, dim) if dim else nn.Identity()
         self.dim = dim or channels
         self.train()
 
-    @torch.no_grad()
-    def _channels(self):
-        """C, found by looking: classifiers' own attributes lie for VGG, DenseNet and MobileNetV3."""
-        try:
-            image = torch.zeros(1, 3, 224, 224)
-            _, channels, height, width = self.backbone.eval()(image.to(next(self.parameters(), image))).shape
-            assert height == width  # else it is (B,h,w,C)
-        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            raise ValueError(f"{self.arch} has no feature map (B,C,h,w): is it convolutional?") from error
-        return channels
-
     def train(self, mode=True, statistics=True):
         """As nn.Module's. statistics False: batch-norm uses its running statistics and leaves them alone."""
         super().train(mode)
-        for layer in filter(is_batchnorm, self.modules()):
-            if self.frozen_batchnorm or layer in self.frozen_layers or not statistics:
-                layer.eval()
+        for layer in self.modules():
+            if isinstance(layer, BATCHNORM):
+                frozen = self.frozen_batchnorm or layer in self.frozen_layers or not statistics
+                layer.train(mode and not frozen)
         return self
 
     def forward(self, images):
@@ -94,33 +90,23 @@ class EmbeddingNet(nn.Module):
                 x = F.linear(x, self.whiten.weight.float(), self.whiten.bias.float())  # (B, D)
             return F.normalize(x)
 
-def is_batchnorm(module):
-    """Whether a module is a batch-norm layer of any kind."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-def _backbone(arch, pretrained):
-    """A classifier up to its last feature map, its children named as in the authors' checkpoints."""
+def _backbone(arch, pretrained):  # up to the last feature map, children named as in the authors' checkpoints
     imagenet, models = pretrained is True, torchvision.models
-    weights = read_checkpoint(pretrained) if isinstance(pretrained, (str, os.PathLike)) else None
     try:
+        weights = None if isinstance(pretrained, bool) else read_checkpoint(pretrained)
         if arch.startswith("timm/"):
             import timm
             model = timm.create_model(arch[5:], pretrained=imagenet)
         elif arch == "resnet10" and not imagenet:
             model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-        else:  # init_weights: the default, without a warning
-            how = {"init_weights": True} if arch in INCEPTIONS and not imagenet else {}
-            model = models.get_model(arch, weights="IMAGENET1K_V1" if imagenet else None, **how)
+        else:
+            model = models.get_model(arch, weights="IMAGENET1K_V1" if imagenet else None)
         if weights:
             model.load_state_dict(weights)
-    except ImportError as error:
-        raise ImportError(f"{arch} needs timm: pip install timm") from error
-    except OSError as error:
-        raise ValueError(f"the ImageNet weights of {arch} could not be downloaded ({error}): give "
-                         "--weights FILE, or --weights random") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        wrong = f"{pretrained} does not hold weights of" if weights else "there is no architecture"
-        raise ValueError(f"{wrong} {arch}" + " with ImageNet weights" * imagenet) from error
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        start = {True: "ImageNet", False: "random"}.get(pretrained, pretrained)
+        raise ValueError(f"there is no {arch} with {start} weights ({error!r:.200}); timm/NAME needs pip install "
+                         "timm, ImageNet weights a download or --weights FILE") from error
     if arch.startswith("timm/"):
         model.reset_classifier(0, "")  # no pooling either
         return model
@@ -156,8 +142,7 @@ def ss_term(s, t):
     """sum_b 1/(A(A-1)) sum_i!=j (s_bi.s_bj - t_bi.t_bj)^2: student to student as teacher to teacher."""
     return _off_diagonal_mean((s @ s.mT - t @ t.mT).square()).sum()  # (B, A, D) @ (B, D, A) -> (B, A, A)
 
-def _off_diagonal_mean(x):
-    """Mean over i != j of (B,A,A) -> (B,); zero where A is 1."""
+def _off_diagonal_mean(x):  # over i != j of (B,A,A) -> (B,); zero where A is 1
     copies = x.shape[-1]
     return (x.sum((1, 2)) - x.diagonal(dim1=1, dim2=2).sum(1)) / max(1, copies * (copies - 1))
 
@@ -191,8 +176,7 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
 
 def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, chunk=512, generator=None):
     """Rows (Q, count) of the pool by negative_probabilities, none twice; ValueError where there are fewer."""
-    sizes = torch.unique(pool_labels, return_counts=True)[1]
-    if len(pool_labels) - sizes.max() < count:
+    if len(pool_labels) - torch.unique(pool_labels, return_counts=True)[1].max() < count:
         raise ValueError(f"an anchor has fewer than {count} negatives in the pool")
     chunks = zip(anchors.split(chunk), anchor_labels.split(chunk))
     weights = (negative_probabilities(some, pool, labels, pool_labels) for some, labels in chunks)
@@ -259,8 +243,7 @@ def load_checkpoint(path_or_name, backbone=None):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(RELEASED_URL.format(path_or_name), path)
             except OSError as error:
-                reason = f"{path_or_name} could not be downloaded ({error}): put it at {path}"
-                raise OSError(reason) from error
+                raise OSError(f"{path_or_name} could not be downloaded ({error}): put it at {path}") from error
     content = read_checkpoint(path)
     try:
         meta, weights = content["meta"], content["state_dict"]

@@ -7,12 +7,13 @@ device, at every size from one draw: uint8 images (3,H,W) become floats (B,A,3,s
 """
 import argparse
 import functools
-import hashlib
+import math
 import os
 import re
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,12 +30,14 @@ DOWNLOADS = {"cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200
                      "97eceeb196236b17998738112f37df78"),  # md5
              "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
                      "7f73d41a2f44250d4779881525aea32e")}
+TOPS = {"cub": "CUB_200_2011", "sop": "Stanford_Online_Products", "cars": ""}  # the archive's own folder
 COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},
           "sop": {"train": 59551, "test": 60502}}
 LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}  # class ids up to it train, those above it test
 LAYOUTS = {"cub": "images.txt, images/<class>/*.jpg", "sop": "Ebay_train.txt, Ebay_test.txt, *_final/*.JPG",
-           "cars": "cars_annos.mat, car_ims/*.jpg (or anno_train.csv, anno_test.csv, names.csv, "
-                   "car_data/car_data/{train,test}/<class name>/*.jpg)"}
+           "cars": "cars_annos.mat (needs pip install scipy), car_ims/*.jpg, or anno_train.csv, "
+                   "anno_test.csv, names.csv, car_data/car_data/{train,test}/<class name>/*.jpg",
+           "folder": "one sub-folder of images per class, at least 2 (or the name cub, cars, sop, synthetic)"}
 BLOCK = 200  # images of an epoch, in order, that are each other's partners in mixup
 RATIO = (3 / 4, 4 / 3)  # of a crop's sides
 COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # least, most brightness, contrast, saturation, hue
@@ -43,20 +46,19 @@ VIEW = np.dtype([("image", int), ("partner", int),  # places in the epoch's orde
                  ("flip", bool), ("factors", float, 4), ("order", int, 4),  # of the colour operations
                  ("weight", float)], align=True)  # of the image itself in mixup
 PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
+WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # one a core
 
-def read_image(path, most=None):
+def read_image(path, most=math.inf):
     """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
     def sides(image, pixels):
-        return [side * (pixels / (image.width * image.height)) ** 0.5 for side in image.size]
+        return [int(side * min(1, (pixels / image.width / image.height) ** 0.5)) for side in image.size]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                if most:  # a JPEG partly while it is decoded
-                    file.draft(None, [int(side) for side in sides(file, 4 * most)])
+                file.draft(None, sides(file, 4 * most))  # a JPEG partly while it is decoded
                 image = as_rgb(ImageOps.exif_transpose(file))
-                if most and image.width * image.height > most:
-                    image.thumbnail(sides(image, most), Image.LANCZOS)
+                image.thumbnail(sides(image, most), Image.LANCZOS)
                 return image
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
@@ -64,8 +66,7 @@ def read_image(path, most=None):
 def as_rgb(image):
     """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
     if image.mode.startswith("I"):  # 16-bit grey, under its several names
-        grey = np.asarray(image, dtype=np.float64) / 257
-        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -89,129 +90,99 @@ def normalize(images):
 
 class ImageSet:
     """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where drawn), `len`."""
-    def __init__(self, labels, paths=None, images=None):
-        self.labels, self.paths, self._images = list(labels), paths, images
+    def __init__(self, labels, paths=None, images=None, lenient=False):
+        self.labels, self.paths, self._images, self.lenient = list(labels), paths, images, lenient
 
     def __len__(self):
         return len(self.labels)
 
-    def fingerprint(self):
-        """A few hex digits that name the images, by their last folder and file names, and labels."""
-        names = [path.split(os.sep)[-2:] for path in self.paths or []]
-        return hashlib.sha256(repr((names, self.labels)).encode()).hexdigest()[:16]
-
-    def image(self, i, most=None):
-        """Image i, PIL RGB, shrunk to `most` pixels if it has more."""
+    def image(self, i, most=math.inf):
+        """Image i, PIL RGB, shrunk to `most` pixels."""
         return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
 
-    def __getitem__(self, key):  # what a worker makes of a Decoder's key
-        i, size, most, lenient = key
+    def __getitem__(self, key):  # what a worker makes: uint8 (3,H,W), None if unreadable and lenient
+        i, size, most = key  # size 0: the whole image, shrunk to `most` pixels, not an evaluation crop
         try:
-            image = self.image(i, None if size else most)
-            pixels = np.array(evaluation_crop(image, size) if size else image)
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+            image = evaluation_crop(self.image(i), size) if size else self.image(i, most)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
         except ValueError:
-            if not lenient:
+            if not self.lenient:
                 raise
 
 def load_dataset(name, root=None, split="train", check=True):
     """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
 
     split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: there are
-    as many images as published. Raises FileNotFoundError with the layout expected, ValueError for damage.
+    as many images as published. Raises FileNotFoundError or ValueError with the layout expected.
     """
     refuse(split not in ("train", "test", "fit", "val"), f"no split {split!r}: train, test, fit or val")
     known, part = name.lower(), "test" if split == "test" else "train"
     if known == "synthetic":
         rows = list(zip(*synthetic(part)))  # of images, or else paths, and classes
     elif known in COUNTS:
-        rows = _half(_published(known, root), part == "test", LAST_TRAINING[known])
+        rows = _half(_published(known, root or "."), part == "test", LAST_TRAINING[known])
     else:
-        rows = _half(_class_folders(root or name), part == "test")
-    missing = [path for path, _ in rows if known != "synthetic" and not os.path.isfile(path)]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of the {len(rows)} images of {name} are missing in {root}, "
-                                f"first {', '.join(missing[:3])}")
-    refuse(known in COUNTS and check and len(rows) != COUNTS[known][part],
-           f"{name} lists {len(rows)} images in {root}, not the {COUNTS.get(known, {}).get(part)} expected")
+        folders = enumerate(sorted(Path(root or name).glob("*")))
+        rows = [(path, label) for label, folder in folders for path in list_images(folder, "*")]
+        rows = _half(rows, part == "test")
+    missing = [path for path, _ in rows if known in COUNTS and not os.path.isfile(path)]
+    expected = COUNTS[known][part] if check and known in COUNTS else len(rows)
+    if missing or len(rows) != expected:
+        raise FileNotFoundError(f"{name} in {root}: {len(rows)} of {expected} {part} images are listed, "
+                                f"{len(missing)} of them missing {', '.join(missing[:3])}")
     if split != part:
         rows = _half(rows, split == "val")
-    if not rows:
-        raise FileNotFoundError(f"no {split} images in {root or name}: one sub-folder of images per class, "
-                                f"at least 2, is expected (or the name {', '.join(COUNTS)} or synthetic)")
+    refuse(not rows, f"no {split} images in {root or name}: {LAYOUTS['folder']} is expected")
     images, labels = map(list, zip(*rows))
     return ImageSet(labels, **{"images" if known == "synthetic" else "paths": images})
 
-def default_workers():
-    """A worker process a core, shared among the processes that torchrun started on this machine."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
 def settle_dataset(name, root, inherited):
     """(name, absolute root): a known set in lower case or "folder"; what is not said is as in `inherited`."""
-    known = name and (name.lower() if name.lower() in (*COUNTS, "synthetic") else "folder")
-    if known == "folder":
-        root = root or name
-    elif known in (None, inherited.get("dataset")):
-        known, root = inherited.get("dataset"), root or inherited.get("root")
-    return known, root and os.path.abspath(root)
+    if name and name.lower() not in (*COUNTS, "synthetic"):
+        name, root = "folder", root or name
+    name = (name or inherited.get("dataset") or "").lower()
+    refuse(not name, "--dataset is missing: the teacher does not say on which it was trained")
+    refuse(root and name == "synthetic", "--root needs --dataset: which one is there?")
+    if name == inherited.get("dataset"):
+        root = root or inherited.get("root")
+    return name, root and os.path.abspath(root)
 
-def _half(rows, second, last=None):
-    """Rows (image, class) of classes above `last`, by default the middle one, if `second`, else the rest."""
-    if last is None:
-        classes = sorted({label for _, label in rows})
-        last = classes[(len(classes) - 1) // 2] if len(classes) > 1 else -1
-    return [(image, label) for image, label in rows if (label > last) == second]
+def _half(rows, second, last=None):  # of classes above `last` (else the middle one) if second, else the rest
+    classes = sorted({label for _, label in rows}) or [0]
+    last = last or classes[(len(classes) - 1) // 2]
+    return [row for row in rows if (row[1] > last) == second]
 
-def _published(name, root):
-    """Rows (path, class) of a published set in `root`, or in the archive's own folder there."""
-    if not root:
-        raise FileNotFoundError(f"{name} needs its folder, which holds {LAYOUTS[name]}: give --root")
-    for top in ("", "CUB_200_2011", "Stanford_Online_Products"):
-        place = os.path.join(root, top)
-        try:
-            return [(os.path.join(place, path), int(label)) for path, label in _rows(name, place)]
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except ImportError as error:
-            raise ImportError("cars_annos.mat needs scipy, the csv copy not: pip install scipy") from error
-        except Exception as error:  # a damaged file leads to a dozen kinds
-            reason = f"the annotations of {name} in {place} cannot be read ({error!r:.200})"
-            raise ValueError(reason) from error
-    raise FileNotFoundError(f"no {name} in {root}: {LAYOUTS[name]} is expected")
+def _published(name, root):  # rows (path, class) of a published set, as its files in `root` say
+    top = os.path.join(root, TOPS[name])
+    root = top if os.path.isdir(top) else root
 
-def _rows(name, root):
-    """(path below `root`, class) of every image of a published set, as its annotation files say."""
     def lines(file):
         with open(os.path.join(root, file), encoding="utf-8-sig", errors="replace") as text:
             return [line.strip() for line in text if line.strip()]
+    try:
+        if name == "cub":  # 1 001.Black_footed_Albatross/x.jpg
+            paths = [line.split(maxsplit=1)[1] for line in lines("images.txt")]
+            rows = [(os.path.join("images", path), path.split(".")[0]) for path in paths]
+        elif name == "sop":  # image_id class_id super_class_id path, after a header
+            lists = lines("Ebay_train.txt")[1:] + lines("Ebay_test.txt")[1:]
+            rows = [(path, label) for _, label, _, path in (line.split(maxsplit=3) for line in lists)]
+        elif os.path.isfile(os.path.join(root, "anno_train.csv")):  # file,x1,y1,x2,y2,class
+            names = {str(i): x.strip('"').replace("/", "-") for i, x in enumerate(lines("names.csv"), 1)}
+            lists = [(part, *x.split(",")) for part in ("train", "test") for x in lines(f"anno_{part}.csv")]
+            rows = [(f"car_data/car_data/{part}/{names[n]}/{file}", n) for part, file, *_, n in lists]
+        else:
+            with open(os.path.join(root, "cars_annos.mat"), "rb") as file:
+                from scipy.io import loadmat  # optional
+                table = loadmat(file, squeeze_me=True)["annotations"]
+            rows = [(str(row["relative_im_path"]), row["class"]) for row in table]
+        return [(os.path.join(root, path), int(label)) for path, label in rows]
+    except Exception as error:  # a damaged file leads to a dozen kinds
+        raise ValueError(f"{name} cannot be read in --root {root} ({error!r:.200}): "
+                         f"{LAYOUTS[name]} is expected") from error
 
-    if name == "cub":  # 1 001.Black_footed_Albatross/x.jpg
-        paths = [line.split(maxsplit=1)[1] for line in lines("images.txt")]
-        return [(os.path.join("images", path), path.split(".")[0]) for path in paths]
-    if name == "sop":  # image_id class_id super_class_id path, after a header
-        lists = lines("Ebay_train.txt")[1:] + lines("Ebay_test.txt")[1:]
-        return [(path, label) for _, label, _, path in (line.split(maxsplit=3) for line in lists)]
-    if os.path.isfile(os.path.join(root, "anno_train.csv")):  # file,x1,y1,x2,y2,class
-        names = {str(i): line.strip('"').replace("/", "-") for i, line in enumerate(lines("names.csv"), 1)}
-        rows = [(part, *line.split(",")) for part in ("train", "test") for line in lines(f"anno_{part}.csv")]
-        return [(f"car_data/car_data/{part}/{names[label]}/{file}", label) for part, file, *_, label in rows]
-    with open(os.path.join(root, "cars_annos.mat"), "rb") as file:
-        from scipy.io import loadmat  # optional
-        rows = loadmat(file, squeeze_me=True)["annotations"]
-    return [(str(row["relative_im_path"]), row["class"]) for row in rows]
-
-def _class_folders(root):
-    """Rows (path, class) of the images directly in the sub-folders, in order of name."""
-    folders = [os.path.join(root, name) for name in sorted(os.listdir(root))] if os.path.isdir(root) else []
-    return [(path, i) for i, folder in enumerate(folders) for path in list_images(folder, deep=False)]
-
-def list_images(root, deep=True):
+def list_images(root, pattern="**/*"):
     """Image files under a folder, sorted; links to folders are not followed, so a loop cannot hang."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(folders) if deep else []
-        found += [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(SUFFIXES)]
-    return found
+    return sorted(str(path) for path in Path(root).glob(pattern) if path.suffix.lower() in SUFFIXES)
 
 @functools.lru_cache
 def synthetic(part, seed=0):
@@ -231,8 +202,7 @@ def synthetic(part, seed=0):
     images = [_eggs(angles[some], periods[some], families[some % 6], uniform) for some in labels.split(60)]
     return np.concatenate(images), labels.tolist()
 
-def _eggs(angles, periods, colours, uniform):
-    """Images (n,80,80,3) of stripes (n,3) in two colours (n,2,3), in random pose and light."""
+def _eggs(angles, periods, colours, uniform):  # (n,80,80,3) of stripes (n,3) in two colours (n,2,3)
     n, axis = len(angles), (torch.arange(160) + 0.5) / 80 - 1  # drawn at twice the size
     one = lambda low, high: uniform(low, high, n, 1, 1)
     noise = lambda side: F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
@@ -258,29 +228,23 @@ def _eggs(angles, periods, colours, uniform):
     scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-class Decoder:
-    """Worker processes, as long as it lives: `decoder(keys)` iterates over uint8 images (3,H,W), one a key.
+def decoder(dataset, workers=0, device="cpu"):
+    """decode(keys): an iterator over uint8 images (3,H,W), one a key of ImageSet. Its workers live as long."""
+    keys = []  # what the workers get
+    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers, persistent_workers=workers > 0,
+                        pin_memory=torch.device(device).type == "cuda", worker_init_fn=_ignore_ctrl_c)
 
-    A key is (i, size): image i of the ImageSet, its evaluation crop of `size` px or, where it is 0, the whole
-    of it, shrunk to `most` pixels. lenient: None for what cannot be read.
-    """
-    def __init__(self, dataset, workers=0, device="cpu", most=None, lenient=False):
-        self.keys, self.how = [], (most, lenient)
-        self.loader = DataLoader(dataset, batch_size=None, sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
-                                 pin_memory=torch.device(device).type == "cuda",
-                                 generator=torch.Generator())  # it would draw from the global one
-
-    def __call__(self, keys):
-        self.keys[:] = [(*key, *self.how) for key in keys]  # what the workers get
-        return iter(self.loader)
+    def decode(wanted):
+        keys[:] = wanted
+        return iter(loader)
+    return decode
 
 def _ignore_ctrl_c(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
 
-def evaluation_batches(decoder, rows, parts, size, device):
+def evaluation_batches(decode, rows, parts, size, device):
     """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
-    decoded = decoder([(int(i), size) for part in parts for i in rows[part]])
+    decoded = decode([(int(i), size, None) for part in parts for i in rows[part]])
     for part in parts:  # zip asks the range first, so that it takes no image too many
         found = [(i, image) for i, image in zip(range(part.start, part.stop), decoded) if image is not None]
         if found:
@@ -339,8 +303,7 @@ def crop_by_products(images, boxes, flip, size, kind=torch.float16):
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     return (rows[:, None].to(kind) @ stack.to(kind) @ columns[:, None].to(kind).mT).float()  # (V, 3, s, s)
 
-def _resampling(start, length, size, full):
-    """Antialiased bilinear weights (V,size,full), from `full` pixels to `size` of a crop; rows sum to 1."""
+def _resampling(start, length, size, full):  # antialiased bilinear weights (V,size,full), rows sum to 1
     scale = (length / size)[:, None, None]
     place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]  # (V, 1, full): in the crop
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (V, size, 1)
@@ -349,51 +312,55 @@ def _resampling(start, length, size, full):
     return weights / weights.sum(2, keepdim=True)
 
 def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
-    place = np.arange(len(x))  # of a row of x among the views: those of one operation are brought together
+    """ColorJitter of (V,...,3,h,w) in [0,1], sorted by first operation, by (V,4) factors and orders (numpy).
+
+    For each turn views of one operation are brought together. -> them so, and which view each is, (V,).
+    """
+    place = np.arange(len(x))
     for turn in range(4):
-        together = order[place, turn].argsort(kind="stable")
-        place = place[together]
-        x = x[torch.tensor(together).to(x.device, non_blocking=True)]
-        factor = torch.tensor(factors[place, order[place, turn]]).to(x, non_blocking=True)
-        ends = order[place, turn].searchsorted([0, 1, 2, 3, 4])  # known on the host: no device is waited for
+        if turn:
+            together = order[place, turn].argsort(kind="stable")
+            x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
+        operations = order[place, turn]
+        factor = torch.tensor(factors[place, operations]).to(x, non_blocking=True)
+        ends = operations.searchsorted([0, 1, 2, 3, 4])  # known on the host: no device is waited for
         for operation, start, stop in zip(range(4), ends, ends[1:]):
             _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
-    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
+    return x, place
 
-def _colour(x, factor, operation):
-    """Brightness (0), contrast (1), saturation (2) or hue (3), in place: (v,...,3,h,w), (v,...,1,1,1)."""
+def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1,1,1)
     red, green, blue = x.unbind(-3)
-    if operation == 0:
-        return x.mul_(factor).clamp_(0, 1)
-    if operation < 3:
+    if operation == 0:  # brightness
+        x.mul_(factor).clamp_(0, 1)
+    elif operation < 3:  # contrast, saturation
         grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
         grey = grey.mean((-2, -1), keepdim=True) if operation == 1 else grey
-        return x.lerp_(grey, 1 - factor).clamp_(0, 1)
-    low, high = x.amin(-3), x.amax(-3)
-    chroma = high - low
-    hue = torch.where(green == high, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
-    hue = torch.where(red == high, green - blue, hue)
-    hue = hue.div_(chroma.clamp(min=1e-12)).add_(6 * factor.squeeze(-3))  # in sixths of the circle
-    hue -= (hue / 6).floor_().mul_(6)
-    for channel, centre, start, sign in ((red, 3, low, 1), (green, 2, high, -1), (blue, 4, high, -1)):
-        ramp = (hue - centre).abs_().sub_(1).clamp_(0, 1)
-        torch.addcmul(start, chroma, ramp, value=sign, out=channel)
+        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
+    else:  # hue
+        low, high = x.amin(-3), x.amax(-3)
+        chroma, mask = high - low, torch.empty_like(low)  # of floats: bools take ten times as long
+        hue = (red - green).add_(chroma, alpha=4)  # where blue is highest
+        hue.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(green, high, out=mask))
+        hue.lerp_(green - blue, torch.eq(red, high, out=mask))
+        hue.div_(chroma.clamp_(min=1e-12)).add_(6 * factor.squeeze(-3))  # in sixths of the circle
+        hue -= (hue / 6).floor_().mul_(6)
+        for channel, centre, start, sign in ((red, 3, low, 1), (green, 2, high, -1), (blue, 4, high, -1)):
+            ramp = (hue - centre).abs_().sub_(1).clamp_(0, 1)
+            torch.addcmul(start, chroma, ramp, value=sign, out=channel)
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
 
     A view is one draw, the same at all `sizes`: a crop of `least` to all of the area, a flip and, if asked,
     jitter of the colours and mixup with another image of its block, put through the same draw. It depends on
-    seed, epoch and block only. Each image is decoded once an epoch, two blocks are held. Iterating
-    gives batches in random order, each time those of the next epoch.
+    seed, epoch and block only. Each image is decoded once an epoch. Each iteration is the next epoch.
     """
     def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False,
-                 workers=0, device="cpu", seed=1234, decoder=None):
+                 workers=0, device="cpu", seed=1234):
         self.sizes, self.copies, self.least, self.jitter, self.mixup = sizes, copies, least, jitter, mixup
         self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
-        self.device = torch.device(device)
-        self.decoder = decoder or Decoder(dataset, workers, device, most_pixels(max(sizes), least))
+        self.device, self.decode = torch.device(device), decoder(dataset, workers, device)
+        self.most = max(sizes) ** 2 / (least * RATIO[0])  # pixels from which on every crop is shrunk
 
     def __len__(self):
         return -(-self.length // self.batch_size)
@@ -409,37 +376,36 @@ class Views:
         block = BLOCK if self.mixup else 1  # what has to be decoded around an image
         blocks = {i // block for part in parts for i in range(part.start, part.stop)}
         places = [i for i in range(len(order)) if i // block in blocks]
-        images, decoded = {}, self.decoder([(int(order[i]), 0) for i in places])
+        images, decoded = {}, self.decode([(int(order[i]), 0, self.most) for i in places])
         for part in parts:
             while places and places[0] < part.stop + block - 1:  # the part's last block, at an even flow
                 images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
             some = draws[part.start * A:part.stop * A]
-            sources = np.stack([some.image, some.partner], axis=1)[:, :1 + self.mixup]  # (V, K)
-            frames, crop = [images[i] for i in sources.flat], some.crop.repeat(sources.shape[1], axis=0)
-            boxes = [crop_box(c, *frame.shape[1:], self.least) for c, frame in zip(crop, frames)]
-            yield tuple(self._render(some, frames, boxes, size).unflatten(0, (-1, A)) for size in self.sizes)
+            rows = some.order[:, 0].argsort(kind="stable")  # as jitter wants them
+            sources = np.stack([some.image, some.partner], axis=1)[rows, :1 + self.mixup]  # (V, K)
+            frames, crops = [images[i] for i in sources.flat], some.crop[rows].repeat(1 + self.mixup, axis=0)
+            boxes = [crop_box(c, *frame.shape[1:], self.least) for c, frame in zip(crops, frames)]
+            views = (self._render(some, rows, frames, boxes, size) for size in self.sizes)
+            yield tuple(x.unflatten(0, (-1, A)) for x in views)
             images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
-    def _render(self, draws, frames, boxes, size):
-        """Views (V,3,size,size), a few at a time: in a CPU's cache, or in bounded memory of a GPU."""
-        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, len(frames) // len(draws), []
+    def _render(self, draws, rows, frames, boxes, size):  # views (V,3,size,size)
+        crop, count, K = crop_one_by_one, 2 ** 18 // size ** 2, len(frames) // len(draws)
         if self.device.type != "cpu":
-            sides = torch.tensor([frame.shape[1:] for frame in frames]).amax(0).clamp(min=size)
-            crop, count = crop_by_products, 2 ** 26 // int(sides.prod())
+            longest = max(max(frame.shape) for frame in frames)
+            crop, count = crop_by_products, 2 ** 26 // max(longest, size) ** 2
+        views = torch.empty(len(draws), 3, size, size, device=self.device)
         for v in range(0, len(draws), count := max(1, count)):
-            d, of = draws[v:v + count], slice(v * K, (v + count) * K)
-            x = crop(frames[of], boxes[of], d.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
+            which, of = rows[v:v + count], slice(v * K, (v + count) * K)
+            x = crop(frames[of], boxes[of], draws.flip[which].repeat(K), size).div_(255).unflatten(0, (-1, K))
             if self.jitter:  # (v, K, 3, s, s)
-                x = jitter(x, d.factors, d.order)
+                x, place = jitter(x, draws.factors[which], draws.order[which])
+                which = which[place]
             if self.mixup:
-                weight = torch.tensor(d.weight).to(x, non_blocking=True)[:, None, None, None]
-                x = torch.lerp(x[:, 1:], x[:, :1], weight[..., None])
-            views.append(normalize(x[:, 0]))
-        return torch.cat(views)
-
-def most_pixels(size, least):
-    """From so many pixels on, every crop of `least` of the area is shrunk to `size` px: more are no use."""
-    return size ** 2 / (least * RATIO[0])
+                weight = torch.tensor(draws.weight[which]).to(x, non_blocking=True)[:, None, None, None, None]
+                x = torch.lerp(x[:, 1:], x[:, :1], weight)
+            views.index_copy_(0, torch.tensor(which).to(x.device, non_blocking=True), normalize(x[:, 0]))
+        return views
 
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
                         device="cpu", seed=1234, least=0.08):
@@ -458,7 +424,7 @@ def run_command(main):
     except KeyboardInterrupt as stop:
         code, say = 130, f"\n{str(stop) or 'interrupted'}"
     except torch.OutOfMemoryError:
-        code, say = 2, "error: out of GPU memory: another --device has more, or --device cpu"
+        code, say = 2, "error: out of GPU memory: training goes on with a lower --forward, else --device cpu"
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
@@ -472,11 +438,6 @@ def refuse(wrong, sentence):
     """Raise ValueError with a sentence if something is wrong."""
     if wrong:
         raise ValueError(sentence)
-
-def warn(sentence):
-    """One line on stderr for what may be meant, but often is not."""
-    if PROCESSES["rank"] == 0:
-        print(f"warning: {sentence}", file=sys.stderr)
 
 def add_up(*tensors):
     """Sum each tensor over the processes of a program, in place: the same sum in all."""
@@ -492,20 +453,18 @@ def add_up(*tensors):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")
-    parser.add_argument("name", choices=LAYOUTS)
+    parser.add_argument("name", choices=COUNTS)
     parser.add_argument("--root", required=True, help="folder to put it in")
     options = parser.parse_args(argv)
-    if options.name not in DOWNLOADS:
-        raise ValueError("cars has no download of its own any more: copies are on Kaggle (Stanford Cars); "
-                         f"--root is the folder that holds {LAYOUTS['cars']}")
+    refuse(options.name == "cars", "cars has no download of its own any more: copies are on Kaggle (Stanford "
+           f"Cars); --root is the folder that holds {LAYOUTS['cars']}")
     url, md5 = DOWNLOADS[options.name]
     try:
         download_and_extract_archive(url, options.root, md5=md5)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{url} could not be downloaded whole ({error})") from error
     for split in ("train", "test"):
-        count = len(load_dataset(options.name, options.root, split))
-        print(f"{options.name} {split}: {count} images, all there")
+        print(f"{split}: {len(load_dataset(options.name, options.root, split))} images, all there")
 
 if __name__ == "__main__":
     run_command(main)

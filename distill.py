@@ -11,34 +11,11 @@ import argparse
 
 import torch
 
-from asymres import absolute_term, fingerprint, load_checkpoint, ss_term, ts_term
-from data import Decoder, Views, evaluation_batches, refuse, run_command, seeded
+from asymres import absolute_term, fingerprint, ss_term, ts_term
+from data import Views, decoder, evaluation_batches, refuse, run_command, seeded
 from evaluate import draw_queries, embed, extract
-from train import (NEGATIVES, RECIPES, draw_groups, fit, free_folder, load_split, new_network, parser, settle,
-                   table, train)
-
-def parse(argv):
-    """The options of a command line and the teacher, if given, from which they inherit."""
-    command = parser("student", __doc__.split("\n\n")[0])
-    add = command.add_argument
-    add("--teacher", help="checkpoint or released name; without it one is trained")
-    add("--teacher-size", type=int, help="side of the teacher's images in px")
-    add("--student-size", type=int, help="side of the student's images in px")
-    add("--copies", type=int, help="A, the views of an image")
-    add("--mixup", action=argparse.BooleanOptionalAction, default=True, help="mix views with other images'")
-    add("--lambda-ts", type=float, help="weight of the teacher-student relations")
-    add("--lambda-ss", type=float, help="weight of the student-student relations")
-    add("--regression", action="store_true", help="no augmentation, absolute term only")
-    options = command.parse_args(argv)
-    if not options.teacher:
-        return settle(options, "student"), None
-    teacher = load_checkpoint(options.teacher)
-    inherited = {name: teacher.options.get(name) for name in ("dataset", "root", "weights")}
-    inherited |= {"arch": teacher.arch, "dim": getattr(teacher.whiten, "out_features", 0),
-                  "teacher_size": teacher.size}
-    if options.arch not in (None, teacher.arch) or inherited["weights"] == "teacher":
-        del inherited["weights"]
-    return settle(options, "student", inherited, teacher), teacher
+from train import (NEGATIVES, RECIPES, draw_groups, fit, free_folder, load_split, new_network, parse, table,
+                   train)
 
 def distill(teacher, options):
     """Distil a student of `teacher`, or continue, or load it if done. -> EmbeddingNet in eval mode."""
@@ -50,9 +27,9 @@ def distill(teacher, options):
     teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     terms = ["absolute", "teacher-student", "student-student"][:1 if options.regression else 3]
     if options.regression:  # A = 1: evaluation crops, and the teacher embeds them once
-        decoder = Decoder(dataset, options.workers, device)
-        targets = extract(teacher, dataset, large, device, precision=precision, decoder=decoder).to(device)
-        crops = lambda rows, parts: evaluation_batches(decoder, rows, parts, small, device)
+        decode = decoder(dataset, options.workers, device)
+        targets = extract(teacher, dataset, large, device, precision=precision, decode=decode).to(device)
+        crops = lambda rows, parts: evaluation_batches(decode, rows, parts, small, device)
         batches = lambda epoch, rows, parts: ((x[:, None], None) for _, x in crops(rows, parts))
     else:
         batches = Views(dataset, (small, large), options.copies, least=options.crop, jitter=True,
@@ -72,14 +49,13 @@ def first_student(teacher, options):
     copied = options.weights == "teacher"
     refuse(copied and options.arch != teacher.arch,
            f"--weights teacher: the student is a {options.arch}, the teacher a {teacher.arch}")
-    start = vars(options) | ({"weights": "random"} if copied else {})
-    student = new_network(argparse.Namespace(**start), teacher.pooling, options.student_size)
+    student = new_network(options, teacher.pooling, options.student_size)
     refuse(student.dim != teacher.dim,
            f"--dim {options.dim}: the teacher has {teacher.dim} dimensions, not {student.dim}")
     if copied:
         student.load_state_dict(teacher.state_dict())
         student.frozen_batchnorm = teacher.frozen_batchnorm
-    student.teacher = fingerprint(teacher)
+    student.teacher, teacher.size = fingerprint(teacher), options.teacher_size
     return student
 
 def with_labels(options, size, fair=False):
@@ -87,7 +63,7 @@ def with_labels(options, size, fair=False):
     recipe = {"pooling": "gem", **RECIPES["teacher"][options.dataset], "size": size}
     if options.forward < RECIPES["student"][options.dataset]["forward"]:  # lowered, for want of memory
         recipe["forward"] = max(4, options.forward // 4 * 4)
-    shared = ["dataset", "root", "training_set", "validation", "arch", "dim", "seed", "precision", "device",
+    shared = ["dataset", "root", "training_images", "validation", "arch", "dim", "seed", "precision", "device",
               "workers"] + ["weights"] * (options.weights != "teacher")
     if fair:
         dataset = load_split(options)
@@ -97,7 +73,7 @@ def with_labels(options, size, fair=False):
     return argparse.Namespace(**recipe | {key: getattr(options, key) for key in shared})
 
 def main(argv=None):
-    options, teacher = parse(argv)
+    options, teacher = parse("student", __doc__.split("\n\n")[0], argv)
     baselines, large, small = [], options.teacher_size, options.student_size
     if not teacher:
         options.teacher_weights = "its own"  # not trained yet; the same options train the same one
@@ -107,7 +83,7 @@ def main(argv=None):
             own.out = f"{options.out}/{part}"
         *baselines, teacher = map(train, parts.values())  # a size that is too small shows at once
     student = distill(teacher, options)
-    test, rows, found = table(options, teacher, [student], baselines, large)
+    test, rows, found = table(options, teacher, [student], baselines)
     if rows:
         draw_queries(f"{options.out}/queries.png", test, found, seed=options.seed)
     print(f"student: {options.out}/model.pt   picture: {options.out}/queries.png")

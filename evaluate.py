@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
-from data import (PROCESSES, Decoder, ImageSet, add_up, default_workers, evaluation_batches, evaluation_crop,
-                  list_images, load_dataset, refuse, run_command, settle_dataset, warn)
+from data import (PROCESSES, WORKERS, ImageSet, add_up, decoder, evaluation_batches, evaluation_crop, list_images,
+                  load_dataset, refuse, run_command, settle_dataset)
 
 FEW = 128  # correct images of a query: for more, its scores are sorted
 
@@ -73,8 +74,8 @@ def _check(queries, database, query_labels, database_labels, ks, same_images):
                f"{name}: at least one row and a label each, not {tuple(x.shape)} and {len(labels)} labels")
         finite = x.isfinite().all(1)
         refuse(not finite.all(), f"{name}: embedding {int(finite.int().argmin())} is not finite")
-    q, n = queries.shape[1], database.shape[1]
-    refuse(q != n, f"queries have {q} dimensions and the database has {n}")
+    refuse(queries.shape[1] != database.shape[1],
+           f"queries have {queries.shape[1]} dimensions and the database has {database.shape[1]}")
     refuse(same_images and not torch.equal(query_labels, database_labels),
            "same_images=True says that both sets are the same images, but their labels differ")
 
@@ -127,14 +128,13 @@ def _metrics(ranks, ks):
 
 def find_device(name=None):
     """torch.device of "cuda", "cuda:1" or "cpu"; by default CUDA if it is there, a card to each process."""
-    kind, _, number = str(name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if kind == "cpu":
-        return torch.device(kind)
-    number, there = number or os.environ.get("LOCAL_RANK", "0"), map(str, range(torch.cuda.device_count()))
-    refuse(kind != "cuda" or number not in there,
-           f"--device {name or f'cuda:{number}'}: PyTorch finds no CUDA GPU of that name")
-    torch.cuda.set_device(int(number))
-    return torch.device(kind, int(number))
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name += f":{os.environ.get('LOCAL_RANK', 0)}" * (name == "cuda")
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    refuse(name not in there, f"--device {name}: PyTorch finds only {', '.join(there)} here")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 def set_precision(name, device):
     """"bfloat16", for "auto" where the card has it, or "float32", which then means it: no TF32."""
@@ -152,18 +152,18 @@ def embed(net, images, precision="float32"):
 
 @torch.no_grad()
 def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", rows=None,
-            lenient=False, decoder=None):
+            decode=None):
     """Embeddings (N, D), float32, on the CPU, of the images `rows` (all by default) at `size` px.
 
-    The network goes to `device`, in eval mode. lenient: images that cannot be read become zeros instead of a
-    ValueError. Work is shared under torchrun.
+    The network goes to `device`, in eval mode. Raises ValueError for an image that cannot be read; that of a
+    lenient dataset becomes zeros. Work is shared under torchrun.
     """
     device, rows = find_device(device), range(len(dataset)) if rows is None else rows
     net, embeddings = net.to(device).eval(), torch.zeros(len(rows), net.dim)
     starts = range(0, len(rows), batch_size)[PROCESSES["rank"]::PROCESSES["count"]]
     parts = [slice(start, min(start + batch_size, len(rows))) for start in starts]
-    decoder = decoder or Decoder(dataset, workers, device, lenient=lenient)
-    for places, images in evaluation_batches(decoder, rows, parts, size, device):
+    decode = decode or decoder(dataset, workers, device)
+    for places, images in evaluation_batches(decode, rows, parts, size, device):
         embeddings[places] = embed(net, images, precision).cpu()
     add_up(embeddings)
     return embeddings
@@ -181,12 +181,12 @@ def cost(net, size, device=None, precision="float32"):
         times.append(time.perf_counter() - started)
     return counter.get_total_flops() / 1e9, sorted(times)[15] * 1e3
 
-def trade_off(teacher, students, dataset, supervised=(), teacher_size=None, ks=(1, 8), device=None, **how):
+def trade_off(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, **how):
     """Accuracy against the cost of a query: rows (dicts) for print_table, embeddings for draw_queries.
 
     Networks know their `size`; `how` goes to extract. Under torchrun process 0 alone has rows.
     """
-    device, large = find_device(device), (teacher, teacher_size or teacher.size)
+    device, large, rows = find_device(device), (teacher, teacher.size), []
     searches = [("teacher, symmetric", large, large)]
     searches += [("no distillation", (teacher, size), large) for size in {net.size: 0 for net in students}]
     searches += [("supervised, symmetric", (net, net.size), (net, net.size)) for net in supervised]
@@ -194,7 +194,6 @@ def trade_off(teacher, students, dataset, supervised=(), teacher_size=None, ks=(
         searches += [("student, asymmetric", small, large), ("student, symmetric", small, small)]
     sides = dict.fromkeys(side for _, *sides in searches for side in sides)
     found = {(net, size): extract(net, dataset, size, device, **how).to(device) for net, size in sides}
-    rows = []
     for name, query, database in searches if PROCESSES["rank"] == 0 else ():
         metrics = retrieval_metrics(found[query], found[database], dataset.labels, dataset.labels, ks)
         gflops, milliseconds = cost(*query, device, how.get("precision"))
@@ -240,7 +239,7 @@ def build_index(teacher, folder, path, **how):
     """Write embeddings (N, D) and paths (N) of the images under `folder`. -> (N, unreadable paths)."""
     paths = list_images(folder)
     refuse(not paths, f"no images under {folder}")
-    embeddings = extract(teacher, ImageSet([0] * len(paths), paths), teacher.size, lenient=True, **how)
+    embeddings = extract(teacher, ImageSet([0] * len(paths), paths, lenient=True), teacher.size, **how)
     good = embeddings.any(1)
     kept, unreadable = ([paths[i] for i in rows.nonzero()] for rows in (good, ~good))
     refuse(not kept, f"none of the {len(paths)} images under {folder} can be read")
@@ -254,9 +253,8 @@ def search(student, index, images, top=5, **how):
     content = read_checkpoint(index)
     try:
         embeddings, paths, network = content["embeddings"], content["paths"], content["network"]
-        refuse(not paths or len(embeddings) != len(paths), "of different lengths")
         dim = embeddings.shape[1]
-    except (TypeError, LookupError, AttributeError, ValueError) as error:
+    except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{index} is not an index that evaluate.py wrote") from error
     refuse(dim != student.dim, f"the student has {student.dim} dimensions, the index {index} has {dim}")
     ours = student.teacher or student.options  # a student of the authors does not say who its teacher is
@@ -293,7 +291,7 @@ def parse(argv):
     add("--top", type=int, default=5, help="answers to a query (%(default)s)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32", help="of the backbone")
     add("--device", help="cuda or cpu; by default CUDA where there is one")
-    add("--workers", type=int, default=default_workers(), help="processes that load images (%(default)s)")
+    add("--workers", type=int, default=WORKERS, help="processes that load images (%(default)s)")
     options = parser.parse_args(argv)
     query, index, students = options.query, options.index, len(options.student)
     refuse(query and not (index and students == 1), "--query needs an --index FILE and one --student")
@@ -314,33 +312,28 @@ def main(argv=None):
     nets = [load_checkpoint(path) for path in paths]
     for path, net in zip(paths, nets):
         refuse(not net.size, f"{path} does not say at which size it was trained, as cub-448r-... would")
+        refuse(net.dim != nets[0].dim and path in options.student,
+               f"{path} has {net.dim} dimensions, its teacher {nets[0].dim}")
     if options.query:
         for image, answers in search(*nets, options.index, options.query, options.top, **how):
             print(image, *(f"  {score:.4f}  {name}" for score, name in answers), sep="\n")
     elif options.database:
         count, unreadable = build_index(nets[0], options.database, options.index, **how)
-        for name in unreadable:
-            warn(f"{name} cannot be read as an image: skipped")
+        print(*(f"{name} cannot be read as an image: skipped" for name in unreadable), sep="\n")
         print(f"{count} images in {options.index}, {len(unreadable)} skipped")
     else:
-        compare(paths, nets, options, how)
+        compare(nets, options, how)
 
-def compare(paths, nets, options, how):
+def compare(nets, options, how):
     """The table, and the figure, of a teacher, students and supervised networks."""
     teacher, students = nets[0], nets[1:len(options.student) + 1]
-    for path, student in zip(paths[1:], students):
-        refuse(student.dim != teacher.dim, f"{path} has {student.dim} dimensions, its teacher {teacher.dim}")
-        if student.teacher not in (None, fingerprint(teacher)):
-            warn(f"{path} was distilled from another teacher than {paths[0]}")
     name, root = settle_dataset(options.dataset, options.root, teacher.options)
-    refuse(not name, f"{paths[0]} does not say which data set it was trained on: give --dataset")
     validation = held_back(options.validation, name, root, *nets)
     dataset = load_dataset(name, root, "val" if validation else "test")
-    rows, found = trade_off(teacher, students, dataset, nets[len(students) + 1:], ks=tuple(options.ks), **how)
+    rows, found = trade_off(teacher, students, dataset, nets[len(students) + 1:], options.ks, **how)
     print_table(rows)
     if options.json and rows:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1))
     if options.figure and rows:
         draw_queries(options.figure, dataset, found)
 

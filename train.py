@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from asymres import EmbeddingNet, draw_negatives, is_batchnorm, read_checkpoint, save_checkpoint, triplet_loss
-from data import (PROCESSES, Views, add_up, default_workers, load_dataset, refuse, run_command, seeded,
-                  settle_dataset)
+from asymres import (BATCHNORM, EmbeddingNet, draw_negatives, load_checkpoint, read_checkpoint,
+                     save_checkpoint, triplet_loss)
+from data import PROCESSES, WORKERS, Views, add_up, load_dataset, refuse, run_command, seeded, settle_dataset
 from evaluate import embed, extract, find_device, held_back, print_table, set_precision, trade_off
 
 # The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
@@ -47,7 +47,7 @@ MOVABLE = ("out", "root", "device", "workers", "forward", "teacher")  # may chan
 MAY_BE_0 = ("dim", "workers", "seed", "lambda_ts", "lambda_ss")
 
 def parser(role, description):
-    """The options that teacher and student share; `settle` fills those that are None."""
+    """The options of train.py ("teacher") or distill.py ("student"); `parse` fills those that are None."""
     recipes = "\n".join(f"{name}: {recipe}" for name, recipe in RECIPES[role].items()).replace("'", "")
     result = argparse.ArgumentParser(description=description, epilog=f"defaults by data set\n{recipes}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -69,15 +69,33 @@ def parser(role, description):
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="by the GPU")
     add("--device", help="cuda or cpu; by default CUDA where there is one")
     add("--workers", type=int, help="processes that decode; by default one a core, for synthetic none")
+    if role == "teacher":
+        add("--size", type=int, help="side of the images in px")
+        add("--pooling", default="gem", help="gem (%(default)s), gemmp, mac or spoc")
+        return result
+    add("--teacher", help="checkpoint or released name; without it one is trained")
+    add("--teacher-size", type=int, help="side of the teacher's images in px")
+    add("--student-size", type=int, help="side of the student's images in px")
+    add("--copies", type=int, help="A, the views of an image")
+    add("--mixup", action=argparse.BooleanOptionalAction, default=True, help="mix views with other images'")
+    add("--lambda-ts", type=float, help="weight of the teacher-student relations")
+    add("--lambda-ss", type=float, help="weight of the student-student relations")
+    add("--regression", action="store_true", help="no augmentation, absolute term only")
     return result
 
-def settle(options, role, inherited={"dataset": "synthetic"}, *networks):
-    """Fill what was not given: from `inherited`, then the recipe. Raises ValueError for what cannot work."""
+def parse(role, description, argv):
+    """(options, teacher if given) of a command line: filled from teacher and recipe, checked."""
+    options = parser(role, description).parse_args(argv)
+    teacher, inherited = None, {"dataset": "synthetic"}
+    if role == "student" and options.teacher:
+        teacher = load_checkpoint(options.teacher)
+        inherited = {name: teacher.options.get(name) for name in ("dataset", "root", "weights")}
+        inherited |= {"arch": teacher.arch, "dim": getattr(teacher.whiten, "out_features", 0),
+                      "teacher_size": teacher.size}
+        if options.arch not in (None, teacher.arch) or inherited["weights"] == "teacher":
+            del inherited["weights"]
     options.dataset, options.root = settle_dataset(options.dataset, options.root, inherited)
-    refuse(not options.dataset, "--dataset is missing: the teacher does not say on which it was trained")
-    refuse(options.root and options.dataset == "synthetic", "--root needs --dataset: which one is there?")
-    workers = 0 if options.dataset == "synthetic" else default_workers()
-    defaults = {"workers": workers, **RECIPES[role][options.dataset]}
+    defaults = {"workers": WORKERS * (options.dataset != "synthetic"), **RECIPES[role][options.dataset]}
     defaults |= {name: value for name, value in inherited.items() if value is not None}
     for name, value in vars(options).items():
         value = defaults.get(name) if value is None and name != "root" else value  # root is settled
@@ -86,10 +104,11 @@ def settle(options, role, inherited={"dataset": "synthetic"}, *networks):
         setattr(options, name, value)
     device = find_device(options.device)
     options.device, options.precision = str(device), set_precision(options.precision, device)
-    options.validation = held_back(options.validation, options.dataset, options.root, *networks)
-    options.training_set = load_split(options).fingerprint()
-    load_split(options, "test")  # both are whole, or there is no run
-    return options
+    nets = [teacher] if teacher else []
+    options.validation = held_back(options.validation, options.dataset, options.root, *nets)
+    load_split(options, "test")  # it is whole, or there is no run
+    options.training_images = len(load_split(options))
+    return options, teacher
 
 def load_split(options, part="train"):
     """The images of a run's training, or of its test."""
@@ -99,8 +118,8 @@ def load_split(options, part="train"):
 def new_network(options, pooling, size):
     """The EmbeddingNet that a run starts from, held to the size it will see."""
     torch.manual_seed(options.seed)
-    pretrained = {"imagenet": True, "random": False}.get(options.weights, options.weights)
-    net = EmbeddingNet(options.arch, pooling, options.dim, pretrained)
+    weights = {"imagenet": True, "random": False, "teacher": False}.get(options.weights, options.weights)
+    net = EmbeddingNet(options.arch, pooling, options.dim, weights)
     net.size = size
     try:
         net.eval()(torch.zeros(1, 3, size, size))
@@ -201,7 +220,7 @@ def take_step(net, optimizer, parts, views, losses, state, wishes):
         sums[:-2] += terms.detach()
         sums[-2] += part.stop - part.start
     sums[-1] = len(wishes)
-    training = [layer for layer in net.modules() if is_batchnorm(layer) and layer.training]
+    training = [layer for layer in net.modules() if isinstance(layer, BATCHNORM) and layer.training]
     statistics = [value for layer in training for value in (layer.running_mean, layer.running_var)]
     gradients = [parameter.grad for parameter in parameters]
     add_up(sums, *statistics, *gradients)
@@ -263,9 +282,6 @@ def running(options):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield log, wishes
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(f"out of GPU memory: lower --forward (now {options.forward}), and the same command "
-                          "continues; at its least, 1 or for a teacher 4, lower the size") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -278,7 +294,7 @@ def draw_groups(labels, most, generator):
     groups = torch.cat([m[torch.randperm(len(m), generator=generator)[:count]].view(-1, 4) for m in members])
     return groups[torch.randperm(len(groups), generator=generator)][:most // 4].flatten()
 
-def mine(net, dataset, decoder, epoch, options):
+def mine(net, dataset, decode, epoch, options):
     """An epoch's rows (R, 1+M): anchors and negatives, by what the network makes of a pool of images now."""
     draw, labels, device = seeded(options.seed, epoch, 0), torch.tensor(dataset.labels), options.device
     _, number, sizes = labels.unique(return_inverse=True, return_counts=True)
@@ -287,7 +303,7 @@ def mine(net, dataset, decoder, epoch, options):
     pool = large[torch.randperm(len(large), generator=draw)[:POOL]]
     rows, place = torch.cat([anchors, pool]).unique(return_inverse=True)
     e = extract(net, dataset, options.size, device, options.forward * (1 + NEGATIVES),
-                precision=options.precision, rows=rows, decoder=decoder)
+                precision=options.precision, rows=rows, decode=decode)
     own, others = e.to(device)[place].split([len(anchors), len(pool)])  # (R, D), (N, D)
     drawn = draw_negatives(own, others, labels[anchors].to(device), labels[pool].to(device), NEGATIVES,
                            generator=seeded(options.seed, epoch, 1, device=device))
@@ -316,28 +332,20 @@ def train(options):
         anchors = e[:, 0]  # (R, D)
         positives = anchors.unflatten(0, (-1, 4))[:, the_rest].flatten(0, 1)  # (R, 3, D)
         return triplet_loss(anchors, positives, e[:, 1:], MARGIN)[None]
-    rows_for = lambda epoch: mine(net, dataset, views.decoder, epoch, options)
+    rows_for = lambda epoch: mine(net, dataset, views.decode, epoch, options)
     return fit(net, rows_for, batches, losses, ["triplet"], options)
 
-def table(options, teacher, students=(), baselines=(), size=None):
+def table(options, teacher, students=(), baselines=()):
     """Print what a run's networks make of its test images. -> images, rows and embeddings of trade_off."""
     test = load_split(options, "test")
-    rows, found = trade_off(teacher, students, test, baselines, size, device=options.device,
+    rows, found = trade_off(teacher, students, test, baselines, device=options.device,
                             workers=options.workers, precision=options.precision)
     print_table(rows)
     return test, rows, found
 
-def parse(argv=None):
-    """The options of a command line, whole and checked."""
-    command = parser("teacher", __doc__.split("\n\n")[0])
-    command.add_argument("--size", type=int, help="side of the images in px")
-    command.add_argument("--pooling", default="gem", help="gem (%(default)s), gemmp, mac or spoc")
-    options = settle(command.parse_args(argv), "teacher")
-    options.out = options.out or free_folder(options, options.size)
-    return options
-
 def main(argv=None):
-    options = parse(argv)
+    options, _ = parse("teacher", __doc__.split("\n\n")[0], argv)
+    options.out = options.out or free_folder(options, options.size)
     table(options, train(options))
 
 if __name__ == "__main__":
