@@ -45,8 +45,8 @@ class EmbeddingNet(nn.Module):
     pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
     backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
 
-    Images are ImageNet-normalised. The statistics of batch-norm stand still if weights are pretrained, and in
-    layers of `backbone` in eval mode. The head is in float32. Raises ValueError for what is unknown or missing.
+    Images are ImageNet-normalised. Batch-norm's statistics stand still if weights are pretrained, and in layers
+    of `backbone` in eval mode. The head is in float32. ValueError for what is unknown or missing.
     """
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
         super().__init__()
@@ -56,7 +56,8 @@ class EmbeddingNet(nn.Module):
         self.size, self.teacher, self.options = None, None, {}  # side in px it is trained at; as files say
         self.backbone = _backbone(arch, pretrained) if backbone is None else backbone
         self.frozen_batchnorm = bool(pretrained)  # and the input as its weights had it
-        self.frozen_layers = [m for m in self.backbone.modules() if isinstance(m, BATCHNORM) and not m.training]
+        layers = [module for module in self.backbone.modules() if isinstance(module, BATCHNORM)]
+        self.frozen_layers = [layer for layer in layers if not layer.training]
         try:  # C by looking: classifiers' own attributes lie for VGG, DenseNet and MobileNetV3
             image = torch.zeros(1, 3, 224, 224)
             with torch.no_grad():
@@ -105,8 +106,8 @@ def _backbone(arch, pretrained):  # up to the last feature map, children named a
             model.load_state_dict(weights)
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         start = {True: "ImageNet", False: "random"}.get(pretrained, pretrained)
-        raise ValueError(f"there is no {arch} with {start} weights ({error!r:.200}); timm/NAME needs pip install "
-                         "timm, ImageNet weights a download or --weights FILE") from error
+        raise ValueError(f"there is no {arch} with {start} weights ({error!r:.200}); timm/NAME needs pip "
+                         "install timm, ImageNet weights a download or --weights FILE") from error
     if arch.startswith("timm/"):
         model.reset_classifier(0, "")  # no pooling either
         return model
@@ -243,7 +244,8 @@ def load_checkpoint(path_or_name, backbone=None):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(RELEASED_URL.format(path_or_name), path)
             except OSError as error:
-                raise OSError(f"{path_or_name} could not be downloaded ({error}): put it at {path}") from error
+                sentence = f"{path_or_name} could not be downloaded ({error}): put it at {path}"
+                raise OSError(sentence) from error
     content = read_checkpoint(path)
     try:
         meta, weights = content["meta"], content["state_dict"]

@@ -229,10 +229,11 @@ def _eggs(angles, periods, colours, uniform):  # (n,80,80,3) of stripes (n,3) in
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 def decoder(dataset, workers=0, device="cpu"):
-    """decode(keys): an iterator over uint8 images (3,H,W), one a key of ImageSet. Its workers live as long."""
+    """decode(keys): an iterator over uint8 images (3,H,W), one a key of ImageSet; workers live as long."""
     keys = []  # what the workers get
-    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers, persistent_workers=workers > 0,
-                        pin_memory=torch.device(device).type == "cuda", worker_init_fn=_ignore_ctrl_c)
+    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers,
+                        persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
+                        pin_memory=torch.device(device).type == "cuda")
 
     def decode(wanted):
         keys[:] = wanted

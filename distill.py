@@ -60,11 +60,11 @@ def first_student(teacher, options):
 
 def with_labels(options, size, fair=False):
     """train.py's options for the teacher of a run, or for a baseline that sees as many images."""
-    recipe = {"pooling": "gem", **RECIPES["teacher"][options.dataset], "size": size}
+    recipe = {**RECIPES["teacher"][options.dataset], "size": size}
     if options.forward < RECIPES["student"][options.dataset]["forward"]:  # lowered, for want of memory
         recipe["forward"] = max(4, options.forward // 4 * 4)
-    shared = ["dataset", "root", "training_images", "validation", "arch", "dim", "seed", "precision", "device",
-              "workers"] + ["weights"] * (options.weights != "teacher")
+    shared = ["dataset", "root", "training_images", "validation", "arch", "dim", "seed", "precision",
+              "device", "workers"] + ["weights"] * (options.weights != "teacher")
     if fair:
         dataset = load_split(options)
         anchors = len(draw_groups(torch.tensor(dataset.labels), recipe["images"], seeded(0)))

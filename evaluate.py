@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
-from data import (PROCESSES, WORKERS, ImageSet, add_up, decoder, evaluation_batches, evaluation_crop, list_images,
-                  load_dataset, refuse, run_command, settle_dataset)
+from data import (PROCESSES, WORKERS, ImageSet, add_up, decoder, evaluation_batches, evaluation_crop,
+                  list_images, load_dataset, refuse, run_command, settle_dataset)
 
 FEW = 128  # correct images of a query: for more, its scores are sorted
 
@@ -52,7 +52,7 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
     """
     labels = [torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels)]
     _check(queries, database, *labels, ks, same_images)
-    (database, room), sums, count = _room(queries, database, chunk), {}, 0
+    (database, room), found = _room(queries, database, chunk), []
     longest = [x.to(room.dtype).norm(dim=1).max().item() for x in (queries, database)]
     rounding = 4 * torch.finfo(room.dtype).eps * longest[0] * longest[1]  # within it, scores are equal
     for rows, correct in _by_class_size(*labels, same_images, chunk):  # (q,), (q, n)
@@ -60,12 +60,9 @@ def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2
         best = scores.gather(1, correct).sort(descending=True).values[:, :correct.shape[1] - same_images]
         wrong = scores.scatter_(1, correct, -torch.inf)
         before = _reaching(wrong, best - rounding)  # (q, n) wrong images before each correct one
-        ranks = before.double() + torch.arange(best.shape[1]).to(best)
-        count += len(rows)
-        for name, values in _metrics(ranks, ks).items():
-            sums[name] = sums.get(name, 0) + values.sum().item()
-    refuse(not count, "no query has a correct image in the database")
-    return {name: value / count for name, value in sums.items()}
+        found.append(_metrics(before.double() + torch.arange(best.shape[1]).to(best), ks))
+    refuse(not found, "no query has a correct image in the database")
+    return {name: torch.cat([part[name] for part in found]).mean().item() for name in found[0]}
 
 def _check(queries, database, query_labels, database_labels, ks, same_images):
     refuse(any(not isinstance(k, int) or k < 1 for k in ks), f"every k must be a positive integer, not {ks}")
@@ -89,13 +86,11 @@ def _by_class_size(query_labels, database_labels, same_images, chunk):
         for rows in (size == n).nonzero()[:, 0].split(max(1, chunk // each)):
             yield rows, by_class[first[rows, None] + torch.arange(n)]
 
-def _room(queries, database, chunk):
-    """The database in float32 at least, and room for its scores with some queries, used again and again."""
+def _room(queries, database, chunk):  # the database in float32 at least, and room for scores, used again
     database = database.detach().to(torch.promote_types(database.dtype, torch.float32))
     return database, database.new_empty(max(1, min(len(queries), chunk // len(database))), len(database))
 
-def _scores(queries, database, rows, same_images, room):
-    """Inner products (q, N) of some queries, in `room`; a query's own image gets -inf."""
+def _scores(queries, database, rows, same_images, room):  # (q, N), in `room`; -inf for a query's own image
     some, scores = queries[rows].detach().to(room), room[:len(rows)]
     if room.device.type == "cpu":  # on an AMD EPYC numpy's BLAS takes two thirds of the time of PyTorch's
         np.matmul(some.numpy(), database.numpy().T, out=scores.numpy())
@@ -103,8 +98,7 @@ def _scores(queries, database, rows, same_images, room):
         torch.mm(some, database.T, out=scores)  # (q, D) @ (D, N) -> (q, N)
     return scores.scatter_(1, rows[:, None].to(room.device), -torch.inf) if same_images else scores
 
-def _reaching(scores, bounds):
-    """How many of a query's scores (q, N) reach each of its bounds (q, n)."""
+def _reaching(scores, bounds):  # how many of a query's scores (q, N) reach each of its bounds (q, n)
     if bounds.shape[1] > FEW:
         return scores.shape[1] - torch.searchsorted(scores.sort().values, bounds.contiguous())
     total, width = torch.zeros_like(bounds), 512 if scores.device.type == "cpu" else scores.shape[1]
@@ -114,8 +108,7 @@ def _reaching(scores, bounds):
             total[:, p] += torch.ge(tile, bounds[:, p, None], out=hits).sum(1)
     return total
 
-def _metrics(ranks, ks):
-    """Metrics (q,) by name from the ranks (q, n), ascending, of each query's correct images."""
+def _metrics(ranks, ks):  # {name: (q,)} from the ranks (q, n), ascending, of each query's correct images
     n, j = ranks.shape[1], torch.arange(ranks.shape[1]).to(ranks)
     precision, early = (j + 1) / (ranks + 1), (ranks < n).double()
     trapezoid = (torch.where(ranks > 0, j / ranks, 1) + precision) / 2

@@ -26,20 +26,32 @@ from evaluate import embed, extract, find_device, held_back, print_table, set_pr
 
 # The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
 SHARED = dict(arch="resnet50", dim=512, weights="imagenet", epochs=200, images=8000, forward=8, crop=0.08)
-TEACHER = dict(SHARED, size=448, batch=40, lr=1e-5)
-STUDENT = dict(SHARED, teacher_size=448, student_size=224, copies=8, batch=200)
-EGGS = dict(arch="resnet10", dim=64, weights="random", images=8000)
+TEACHER = dict(SHARED, pooling="gem", size=448, batch=40, lr=1e-5)
+STUDENT = dict(SHARED, teacher_size=448, student_size=224, copies=8, mixup=True, regression=False, batch=200)
+EGGS = dict(arch="resnet10", dim=64, weights="random", images=8000, epochs=6)
 RECIPES = {
     "teacher": {
         "cub": TEACHER, "cars": TEACHER, "sop": TEACHER, "folder": TEACHER,
-        "synthetic": dict(EGGS, epochs=6, forward=16, crop=0.85, size=64, batch=16, lr=2e-3)},
+        "synthetic": dict(TEACHER, **EGGS, forward=16, crop=0.85, size=64, batch=16, lr=2e-3)},
     "student": {
         "cub": dict(STUDENT, lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684),
         "cars": dict(STUDENT, lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731),
         "sop": dict(STUDENT, lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778),
         "folder": dict(STUDENT, lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684),
-        "synthetic": dict(EGGS, epochs=6, forward=8, crop=0.5, teacher_size=64, student_size=32, copies=8,
-                          batch=8, lr=4e-3, lambda_ts=0.75, lambda_ss=0.75)}}
+        "synthetic": dict(STUDENT, **EGGS, crop=0.5, teacher_size=64, student_size=32, batch=8, lr=4e-3,
+                          lambda_ts=0.75, lambda_ss=0.75)}}
+HELP = dict(
+    arch="a torchvision convolutional classifier, resnet10, or timm/NAME",
+    dim="dimensions of the embedding, 0: the backbone's own", pooling="gem, gemmp, mac or spoc",
+    weights="where to start: imagenet, random, a file; a student also: teacher",
+    epochs="how many; see --images", images="at most so many (teacher: anchors) are an epoch, drawn anew",
+    batch="images to an optimizer step (teacher: anchors)", lr="peak learning rate of the one-cycle schedule",
+    forward="of a batch, through the network at once: lower it where memory runs out",
+    crop="least share of the image in a random crop", size="side of the images in px",
+    teacher_size="side of the teacher's images in px", student_size="side of the student's images in px",
+    copies="A, the views of an image", mixup="mix views with other images'",
+    regression="no augmentation, absolute term only", lambda_ts="weight of the teacher-student relations",
+    lambda_ss="weight of the student-student relations")
 NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
 SETTLED = 0.7  # of the epochs; then batch-norm statistics stand still: a network ends trained as it is used
 MINUTES = 10  # between checkpoints inside an epoch
@@ -51,36 +63,20 @@ def parser(role, description):
     recipes = "\n".join(f"{name}: {recipe}" for name, recipe in RECIPES[role].items()).replace("'", "")
     result = argparse.ArgumentParser(description=description, epilog=f"defaults by data set\n{recipes}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = result.add_argument
+    add, either = result.add_argument, argparse.BooleanOptionalAction
     add("--dataset", help="cub, cars, sop, synthetic or a folder of class folders; default: as the teacher")
     add("--root", help="where the data set is")
     add("--out", help="folder of this run; by default under runs/, named by data set, size and seed")
-    add("--arch", help="a torchvision convolutional classifier, resnet10, or timm/NAME")
-    add("--dim", type=int, help="dimensions of the embedding, 0: the backbone's own")
-    add("--weights", help="where to start: imagenet, random, a file" + ", teacher" * (role == "student"))
-    add("--epochs", type=int, help="how many; see --images")
-    add("--images", type=int, help="at most so many (teacher: anchors) are an epoch, drawn anew")
-    add("--lr", type=float, help="peak learning rate of the one-cycle schedule")
-    add("--batch", type=int, help="images to an optimizer step (teacher: anchors)")
-    add("--forward", type=int, help="of those, through the network at once: lower it where memory runs out")
-    add("--crop", type=float, help="least share of the image in a random crop")
-    add("--validation", action=argparse.BooleanOptionalAction, help="test on half of the training classes")
+    if role == "student":
+        add("--teacher", help="checkpoint or released name; without it one is trained")
+    for name, value in RECIPES[role]["cub"].items():
+        kind = {"action": either} if isinstance(value, bool) else {"type": type(value)}
+        add(f"--{name.replace('_', '-')}", help=HELP[name], **kind)
+    add("--validation", action=either, help="test on half of the training classes")
     add("--seed", type=int, default=1234, help="of weights, order, views and negatives (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bfloat16", "float32"), help="by the GPU")
     add("--device", help="cuda or cpu; by default CUDA where there is one")
     add("--workers", type=int, help="processes that decode; by default one a core, for synthetic none")
-    if role == "teacher":
-        add("--size", type=int, help="side of the images in px")
-        add("--pooling", default="gem", help="gem (%(default)s), gemmp, mac or spoc")
-        return result
-    add("--teacher", help="checkpoint or released name; without it one is trained")
-    add("--teacher-size", type=int, help="side of the teacher's images in px")
-    add("--student-size", type=int, help="side of the student's images in px")
-    add("--copies", type=int, help="A, the views of an image")
-    add("--mixup", action=argparse.BooleanOptionalAction, default=True, help="mix views with other images'")
-    add("--lambda-ts", type=float, help="weight of the teacher-student relations")
-    add("--lambda-ss", type=float, help="weight of the student-student relations")
-    add("--regression", action="store_true", help="no augmentation, absolute term only")
     return result
 
 def parse(role, description, argv):
@@ -110,8 +106,7 @@ def parse(role, description, argv):
     options.training_images = len(load_split(options))
     return options, teacher
 
-def load_split(options, part="train"):
-    """The images of a run's training, or of its test."""
+def load_split(options, part="train"):  # the images of a run's training, or of its test
     split = {"train": "fit", "test": "val"}[part] if options.validation else part
     return load_dataset(options.dataset, options.root, split)
 
@@ -192,20 +187,19 @@ def divide(rows, options):
     def cut(start, stop, size):  # 0, 9, 4 -> 0:4, 4:9: batch-norm needs two rows, so a lone one joins
         ends = [*range(start + size, stop - 1, size), stop]
         return list(map(slice, [start, *ends], ends))
-    return [cut(step.start, step.stop, options.forward)[PROCESSES["rank"]::PROCESSES["count"]]
-            for step in cut(0, len(rows), options.batch)]
+    shared = slice(PROCESSES["rank"], None, PROCESSES["count"])
+    return [cut(step.start, step.stop, options.forward)[shared] for step in cut(0, len(rows), options.batch)]
 
 def optimization(net, options, state):
     """AdamW and the one-cycle schedule of the whole run, where the state left them."""
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in named if (name == "pool.p") == gem], "weight_decay": decay}
-              for gem, decay in ((False, 1e-6), (True, 0.0))]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr)
+    gem = [p for name, p in net.named_parameters() if name == "pool.p"]
+    others = [p for name, p in net.named_parameters() if name != "pool.p"]
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 1e-6},
+                                   {"params": gem, "weight_decay": 0.0}], lr=options.lr)
     total = options.epochs * len(divide(state["rows"], options))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total, div_factor=10)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+    for name, part in (("optimizer", optimizer), ("schedule", schedule)):
+        part.load_state_dict(state.get(name, part.state_dict()))
     return optimizer, schedule
 
 def take_step(net, optimizer, parts, views, losses, state, wishes):
