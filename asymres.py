@@ -45,8 +45,8 @@ class EmbeddingNet(nn.Module):
     pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
     backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
 
-    Images are ImageNet-normalised. Batch-norm's statistics stand still if weights are pretrained, and in layers
-    of `backbone` in eval mode. The head is in float32. ValueError for what is unknown or missing.
+    Images are ImageNet-normalised. Batch-norm's statistics stand still if weights are pretrained, and in
+    layers of `backbone` in eval mode. The head is in float32. ValueError for what is unknown or missing.
     """
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
         super().__init__()
