@@ -13,7 +13,7 @@ import torch
 
 from asymres import absolute_term, fingerprint, ss_term, ts_term
 from data import Views, decoder, evaluation_batches, refuse, run_command, seeded
-from evaluate import draw_queries, embed, extract
+from evaluate import embed, extract
 from train import (NEGATIVES, RECIPES, draw_groups, fit, free_folder, load_split, new_network, parse, table,
                    train)
 
@@ -83,9 +83,7 @@ def main(argv=None):
             own.out = f"{options.out}/{part}"
         *baselines, teacher = map(train, parts.values())  # a size that is too small shows at once
     student = distill(teacher, options)
-    test, rows, found = table(options, teacher, [student], baselines)
-    if rows:
-        draw_queries(f"{options.out}/queries.png", test, found, seed=options.seed)
+    table(options, teacher, [student], baselines, f"{options.out}/queries.png")
     print(f"student: {options.out}/model.pt   picture: {options.out}/queries.png")
 
 if __name__ == "__main__":

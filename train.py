@@ -22,7 +22,7 @@ import torchvision
 from asymres import (BATCHNORM, EmbeddingNet, draw_negatives, load_checkpoint, read_checkpoint,
                      save_checkpoint, triplet_loss)
 from data import PROCESSES, WORKERS, Views, add_up, load_dataset, refuse, run_command, seeded, settle_dataset
-from evaluate import embed, extract, find_device, held_back, print_table, set_precision, trade_off
+from evaluate import embed, extract, find_device, held_back, set_precision, trade_off
 
 # The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
 SHARED = dict(arch="resnet50", dim=512, weights="imagenet", epochs=200, images=8000, forward=8, crop=0.08)
@@ -329,13 +329,10 @@ def train(options):
     rows_for = lambda epoch: mine(net, dataset, views.decode, epoch, options)
     return fit(net, rows_for, batches, losses, ["triplet"], options)
 
-def table(options, teacher, students=(), baselines=()):
-    """Print what a run's networks make of its test images. -> images, rows and embeddings of trade_off."""
-    test = load_split(options, "test")
-    rows, found = trade_off(teacher, students, test, baselines, device=options.device,
-                            workers=options.workers, precision=options.precision)
-    print_table(rows)
-    return test, rows, found
+def table(options, teacher, students=(), baselines=(), figure=None):
+    """Print what a run's networks make of its test images; `figure`: draw what the first student finds."""
+    trade_off(teacher, students, load_split(options, "test"), baselines, figure=figure, device=options.device,
+              workers=options.workers, precision=options.precision)
 
 def main(argv=None):
     options, _ = parse("teacher", __doc__.split("\n\n")[0], argv)
