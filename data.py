@@ -2,8 +2,7 @@
 
     python data.py cub --root DIR    # download, verify, unpack: cub or sop; for cars it says where copies are
 
-Workers decode images and do nothing else. Crop, flip, colour, mixup and normalisation run on the training
-device, at every size from one draw: uint8 images (3,H,W) become floats (B,A,3,size,size).
+Workers only decode: crop, flip, colour, mixup and normalisation run on the training device.
 """
 import argparse
 import functools
@@ -12,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +28,18 @@ DOWNLOADS = {"cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200
                      "97eceeb196236b17998738112f37df78"),  # md5
              "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
                      "7f73d41a2f44250d4779881525aea32e")}
-TOPS = {"cub": "CUB_200_2011", "sop": "Stanford_Online_Products", "cars": ""}  # the archive's own folder
-COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},
+COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},  # images
           "sop": {"train": 59551, "test": 60502}}
 LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}  # class ids up to it train, those above it test
 LAYOUTS = {"cub": "images.txt, images/<class>/*.jpg", "sop": "Ebay_train.txt, Ebay_test.txt, *_final/*.JPG",
            "cars": "cars_annos.mat (needs pip install scipy), car_ims/*.jpg, or anno_train.csv, "
-                   "anno_test.csv, names.csv, car_data/car_data/{train,test}/<class name>/*.jpg",
-           "folder": "one sub-folder of images per class, at least 2 (or the name cub, cars, sop, synthetic)"}
+                   "anno_test.csv, names.csv, car_data/car_data/{train,test}/<class name>/*.jpg"}
 BLOCK = 200  # images of an epoch, in order, that are each other's partners in mixup
 RATIO = (3 / 4, 4 / 3)  # of a crop's sides
 COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # least, most brightness, contrast, saturation, hue
-VIEW = np.dtype([("image", int), ("partner", int),  # places in the epoch's order
-                 ("crop", float, (10, 4)),  # area, ratio, top and left of ten attempts
-                 ("flip", bool), ("factors", float, 4), ("order", int, 4),  # of the colour operations
-                 ("weight", float)], align=True)  # of the image itself in mixup
+VIEW = np.dtype([("image", int), ("partner", int), ("weight", float),  # of mixup; by place in the epoch
+                 ("crop", float, (10, 4)), ("flip", bool),  # area, ratio, top and left of ten attempts
+                 ("factors", float, 4), ("order", int, 4)], align=True)  # of the colour operations
 PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
 WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # one a core
 
@@ -53,13 +48,12 @@ def read_image(path, most=math.inf):
     def sides(image, pixels):
         return [int(side * min(1, (pixels / image.width / image.height) ** 0.5)) for side in image.size]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.draft(None, sides(file, 4 * most))  # a JPEG partly while it is decoded
-                image = as_rgb(ImageOps.exif_transpose(file))
-                image.thumbnail(sides(image, most), Image.LANCZOS)
-                return image
+        with Image.open(path) as file:
+            refuse(math.prod(file.size) > Image.MAX_IMAGE_PIXELS, "a decompression bomb")
+            file.draft(None, sides(file, 4 * most))  # a JPEG partly while it is decoded
+            image = as_rgb(ImageOps.exif_transpose(file))
+            image.thumbnail(sides(image, most), Image.LANCZOS)
+            return image
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
@@ -68,8 +62,7 @@ def as_rgb(image):
     if image.mode.startswith("I"):  # 16-bit grey, under its several names
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def evaluation_crop(image, size):
@@ -80,7 +73,7 @@ def evaluation_crop(image, size):
 
 def evaluation_transform(size):
     """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
-    return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)).float() / 255)
+    return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)) / 255)
 
 def normalize(images):
     """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place."""
@@ -100,11 +93,11 @@ class ImageSet:
         """Image i, PIL RGB, shrunk to `most` pixels."""
         return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
 
-    def __getitem__(self, key):  # what a worker makes: uint8 (3,H,W), None if unreadable and lenient
-        i, size, most = key  # size 0: the whole image, shrunk to `most` pixels, not an evaluation crop
+    def __getitem__(self, key):  # of a worker: uint8 (3,H,W), None if unreadable and lenient
+        i, most, size = key  # size: of the evaluation crop, 0 for the whole image
         try:
-            image = evaluation_crop(self.image(i), size) if size else self.image(i, most)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            image = self.image(i, most)
+            return TF.pil_to_tensor(evaluation_crop(image, size) if size else image)
         except ValueError:
             if not self.lenient:
                 raise
@@ -112,8 +105,8 @@ class ImageSet:
 def load_dataset(name, root=None, split="train", check=True):
     """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
 
-    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: there are
-    as many images as published. Raises FileNotFoundError or ValueError with the layout expected.
+    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: hold their
+    number to the published one. FileNotFoundError or ValueError says what is expected.
     """
     refuse(split not in ("train", "test", "fit", "val"), f"no split {split!r}: train, test, fit or val")
     known, part = name.lower(), "test" if split == "test" else "train"
@@ -132,9 +125,10 @@ def load_dataset(name, root=None, split="train", check=True):
                                 f"{len(missing)} of them missing {', '.join(missing[:3])}")
     if split != part:
         rows = _half(rows, split == "val")
-    refuse(not rows, f"no {split} images in {root or name}: {LAYOUTS['folder']} is expected")
+    refuse(not rows, f"no {split} images in {root or name}: one sub-folder of images per class, at least 2, "
+           "is expected (or the name cub, cars, sop, synthetic)")
     images, labels = map(list, zip(*rows))
-    return ImageSet(labels, **{"images" if known == "synthetic" else "paths": images})
+    return ImageSet(labels, images=images) if known == "synthetic" else ImageSet(labels, images)
 
 def settle_dataset(name, root, inherited):
     """(name, absolute root): a known set in lower case or "folder"; what is not said is as in `inherited`."""
@@ -148,34 +142,29 @@ def settle_dataset(name, root, inherited):
     return name, root and os.path.abspath(root)
 
 def _half(rows, second, last=None):  # of classes above `last` (else the middle one) if second, else the rest
-    classes = sorted({label for _, label in rows}) or [0]
-    last = last or classes[(len(classes) - 1) // 2]
+    last = last or np.median([*{label for _, label in rows}] or [0])
     return [row for row in rows if (row[1] > last) == second]
 
 def _published(name, root):  # rows (path, class) of a published set, as its files in `root` say
-    top = os.path.join(root, TOPS[name])
+    top = os.path.join(root, Path(DOWNLOADS.get(name, ".")[0]).stem)  # the archive's own folder
     root = top if os.path.isdir(top) else root
-
-    def lines(file):
-        with open(os.path.join(root, file), encoding="utf-8-sig", errors="replace") as text:
-            return [line.strip() for line in text if line.strip()]
+    def entries(file, pattern):
+        return re.findall(pattern, Path(root, file).read_text("utf-8-sig", "replace"), re.MULTILINE)
     try:
         if name == "cub":  # 1 001.Black_footed_Albatross/x.jpg
-            paths = [line.split(maxsplit=1)[1] for line in lines("images.txt")]
-            rows = [(os.path.join("images", path), path.split(".")[0]) for path in paths]
+            rows = [(f"images/{path}", n) for path, n in entries("images.txt", r"^\d+ ((\d+)\..*\S)")]
         elif name == "sop":  # image_id class_id super_class_id path, after a header
-            lists = lines("Ebay_train.txt")[1:] + lines("Ebay_test.txt")[1:]
-            rows = [(path, label) for _, label, _, path in (line.split(maxsplit=3) for line in lists)]
+            lists = [entries(f"Ebay_{part}.txt", r"^\d+ (\d+) \d+ (.*\S)") for part in ("train", "test")]
+            rows = [(path, n) for n, path in sum(lists, [])]
         elif os.path.isfile(os.path.join(root, "anno_train.csv")):  # file,x1,y1,x2,y2,class
-            names = {str(i): x.strip('"').replace("/", "-") for i, x in enumerate(lines("names.csv"), 1)}
-            lists = [(part, *x.split(",")) for part in ("train", "test") for x in lines(f"anno_{part}.csv")]
-            rows = [(f"car_data/car_data/{part}/{names[n]}/{file}", n) for part, file, *_, n in lists]
+            names = ["", *(x.replace("/", "-") for x in entries("names.csv", r'^"?(.*[^"\s])'))]
+            rows = [(f"car_data/car_data/{part}/{names[int(n)]}/{file}", n) for part in ("train", "test")
+                    for file, n in entries(f"anno_{part}.csv", r"^(.+?),.*,(\d+)")]
         else:
-            with open(os.path.join(root, "cars_annos.mat"), "rb") as file:
-                from scipy.io import loadmat  # optional
-                table = loadmat(file, squeeze_me=True)["annotations"]
-            rows = [(str(row["relative_im_path"]), row["class"]) for row in table]
-        return [(os.path.join(root, path), int(label)) for path, label in rows]
+            from scipy.io import loadmat  # optional
+            table = loadmat(os.path.join(root, "cars_annos.mat"), squeeze_me=True)["annotations"]
+            rows = table[["relative_im_path", "class"]].tolist()
+        return [(f"{root}/{path}", int(n)) for path, n in rows]
     except Exception as error:  # a damaged file leads to a dozen kinds
         raise ValueError(f"{name} cannot be read in --root {root} ({error!r:.200}): "
                          f"{LAYOUTS[name]} is expected") from error
@@ -185,20 +174,18 @@ def list_images(root, pattern="**/*"):
     return sorted(str(path) for path in Path(root).glob(pattern) if path.suffix.lower() in SUFFIXES)
 
 @functools.lru_cache
-def synthetic(part, seed=0):
+def synthetic(part):
     """Drawn eggs: (N,80,80,3) uint8 and N labels, 120 classes x 8 ("train") or 60 others x 16 ("test").
-
-    A class is the stripes of its yolk, white and shell, an angle and a period each: plain at 64 px, while 32
-    hardly hold the finer ones. Colour, of 6 families, tells little.
+    A class is the stripes of its yolk, white and shell, plain at 64 px, while 32 hardly hold the finer ones.
     """
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
     angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
     periods = uniform(0.12, 0.15, 180, 3)  # of half the side of the image
     families = uniform(0.05, 0.95, 6, 2, 3)  # dark and light colour of each
     first, classes, each = (0, 120, 8) if part == "train" else (120, 60, 16)
     labels = torch.arange(first, first + classes).repeat_interleave(each)
-    draw.manual_seed(seed + 1 + classes)
+    draw.manual_seed(1 + classes)
     images = [_eggs(angles[some], periods[some], families[some % 6], uniform) for some in labels.split(60)]
     return np.concatenate(images), labels.tolist()
 
@@ -206,15 +193,14 @@ def _eggs(angles, periods, colours, uniform):  # (n,80,80,3) of stripes (n,3) in
     n, axis = len(angles), (torch.arange(160) + 0.5) / 80 - 1  # drawn at twice the size
     one = lambda low, high: uniform(low, high, n, 1, 1)
     noise = lambda side: F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
-    halved = lambda field: F.avg_pool2d(field, 2)[:, None]  # (n, 160, 160) -> (n, 1, 80, 80)
+    halved = lambda field: F.avg_pool2d(field, 2)[:, None]  # (n,160,160) -> (n,1,80,80)
     x, y = axis - one(-0.12, 0.12), axis[:, None] - one(-0.12, 0.12)
     tilt, scale, side = one(-0.015, 0.015), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
     x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale
-    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # (n, 160, 160), 1 on the outline
-    stripes = torch.zeros_like(radius)
+    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # (n,160,160), 1 on the outline
+    stripes, angles, periods = torch.zeros_like(radius), angles[..., None, None], periods[..., None, None]
     for field, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each over the last
-        angle, period = angles[:, field, None, None], periods[:, field, None, None]
-        phase = (x * angle.cos() + y * angle.sin()) / period + one(0, 1)
+        phase = (x * angles[:, field].cos() + y * angles[:, field].sin()) / periods[:, field] + one(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
     stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)  # from soft to bold
@@ -234,23 +220,22 @@ def decoder(dataset, workers=0, device="cpu"):
     loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers,
                         persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
                         pin_memory=torch.device(device).type == "cuda")
-
     def decode(wanted):
         keys[:] = wanted
         return iter(loader)
     return decode
 
-def _ignore_ctrl_c(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the main process's affair
+def _ignore_ctrl_c(_):  # it is the main process's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def evaluation_batches(decode, rows, parts, size, device):
     """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
-    decoded = decode([(int(i), size, None) for part in parts for i in rows[part]])
+    decoded = decode([(int(i), math.inf, size) for part in parts for i in rows[part]])
     for part in parts:  # zip asks the range first, so that it takes no image too many
         found = [(i, image) for i, image in zip(range(part.start, part.stop), decoded) if image is not None]
         if found:
             places, images = zip(*found)
-            yield list(places), normalize(torch.stack(images).to(device, non_blocking=True).float().div_(255))
+            yield list(places), normalize(torch.stack(images).to(device, non_blocking=True) / 255)
 
 def seeded(*numbers, device="cpu"):
     """A torch.Generator for a tuple of whole numbers: (seed, epoch, purpose), say."""
@@ -293,41 +278,31 @@ def crop_one_by_one(images, boxes, flip, size):
 
 def crop_by_products(images, boxes, flip, size, kind=torch.float16):
     """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
-    H, W = (max(image.shape[side] for image in images) for side in (1, 2))
-    stack = images[0].new_zeros(len(images), 3, H, W)
-    for room, image in zip(stack, images):
-        room[:, :image.shape[1], :image.shape[2]] = image
-    top, left, height, width = torch.tensor(boxes).T.to(stack.device, torch.float32, non_blocking=True)
-    flip = torch.tensor(flip).to(stack.device, non_blocking=True)
-    rows = _resampling(top, height, size, H)  # (V, s, H)
-    columns = _resampling(left, width, size, W)  # (V, s, W)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return (rows[:, None].to(kind) @ stack.to(kind) @ columns[:, None].to(kind).mT).float()  # (V, 3, s, s)
-
-def _resampling(start, length, size, full):  # antialiased bilinear weights (V,size,full), rows sum to 1
-    scale = (length / size)[:, None, None]
-    place = torch.arange(full, device=start.device) + 0.5 - start[:, None, None]  # (V, 1, full): in the crop
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (V, size, 1)
-    weights = (1 - (place - centre).abs() / scale.clamp(min=1)).clamp(min=0)  # a triangle
-    weights = weights * ((place > 0) & (place < length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+    (H, W), device = (max(image.shape[side] for image in images) for side in (1, 2)), images[0].device
+    frames = torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
+    box = torch.tensor(boxes).T.to(device, torch.float32, non_blocking=True)[..., None, None]
+    start, length = box[:2], box[2:]  # (2,V,1,1): of rows, of columns
+    place = torch.arange(max(H, W), device=device) + 0.5 - start  # (2,V,1,max(H,W)): in the crop
+    centre = (torch.arange(size, device=device)[:, None] + 0.5) * (length / size)  # (2,V,size,1)
+    weights = (1 - (place - centre).abs() / (length / size).clamp(min=1)).clamp(min=0)  # a triangle
+    weights = weights * ((place > 0) & (place < length))  # antialiased bilinear
+    rows, columns = (weights / weights.sum(-1, keepdim=True))[:, :, None].to(kind)  # (V,1,size,...)
+    flip = torch.tensor(flip).to(device, non_blocking=True)[:, None, None, None]
+    columns = torch.where(flip, columns.flip(2), columns)
+    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()
 
 def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1], sorted by first operation, by (V,4) factors and orders (numpy).
-
-    For each turn views of one operation are brought together. -> them so, and which view each is, (V,).
-    """
-    place = np.arange(len(x))
+    """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
+    place = np.arange(len(x))  # which view a row of x is: those of one operation are brought together
     for turn in range(4):
-        if turn:
-            together = order[place, turn].argsort(kind="stable")
-            x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
+        together = order[place, turn].argsort(kind="stable")
+        x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
         operations = order[place, turn]
         factor = torch.tensor(factors[place, operations]).to(x, non_blocking=True)
-        ends = operations.searchsorted([0, 1, 2, 3, 4])  # known on the host: no device is waited for
+        ends = operations.searchsorted(range(5))  # known on the host: no device is waited for
         for operation, start, stop in zip(range(4), ends, ends[1:]):
             _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
-    return x, place
+    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
 
 def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1,1,1)
     red, green, blue = x.unbind(-3)
@@ -353,60 +328,55 @@ class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
 
     A view is one draw, the same at all `sizes`: a crop of `least` to all of the area, a flip and, if asked,
-    jitter of the colours and mixup with another image of its block, put through the same draw. It depends on
-    seed, epoch and block only. Each image is decoded once an epoch. Each iteration is the next epoch.
+    jitter and mixup with another image of its block, put through the same draw. It depends on seed, epoch
+    and block only. Each image is decoded once an epoch. Each iteration is the next epoch.
     """
     def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False,
                  workers=0, device="cpu", seed=1234):
-        self.sizes, self.copies, self.least, self.jitter, self.mixup = sizes, copies, least, jitter, mixup
+        self.sizes, self.copies, self.least, self.jitter, self.K = sizes, copies, least, jitter, 1 + mixup
         self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
         self.device, self.decode = torch.device(device), decoder(dataset, workers, device)
         self.most = max(sizes) ** 2 / (least * RATIO[0])  # pixels from which on every crop is shrunk
 
-    def __len__(self):
-        return -(-self.length // self.batch_size)
-
     def __iter__(self):
-        number, self.next_epoch, n = self.next_epoch, self.next_epoch + 1, self.length
-        parts = [slice(i, min(i + self.batch_size, n)) for i in range(0, n, self.batch_size)]
-        return self.epoch(number, torch.randperm(n, generator=seeded(self.seed, number)), parts)
+        order = torch.randperm(self.length, generator=seeded(self.seed, self.next_epoch))
+        self.next_epoch += 1
+        parts = [slice(i, i + self.batch_size) for i in range(0, self.length, self.batch_size)]
+        return self.epoch(self.next_epoch - 1, order, parts)
 
     def epoch(self, number, order, parts):
         """Views of an epoch's images, `order` (n,): of one slice of it after another, `parts`, ascending."""
         draws, A = draw_views(len(order), self.copies, self.seed, number), self.copies
-        block = BLOCK if self.mixup else 1  # what has to be decoded around an image
+        block = BLOCK if self.K > 1 else 1  # what has to be decoded around an image
         blocks = {i // block for part in parts for i in range(part.start, part.stop)}
         places = [i for i in range(len(order)) if i // block in blocks]
-        images, decoded = {}, self.decode([(int(order[i]), 0, self.most) for i in places])
+        images, decoded = {}, self.decode([(int(order[i]), self.most, 0) for i in places])
         for part in parts:
+            images = {i: images[i] for i in images if i // block >= part.start // block}
             while places and places[0] < part.stop + block - 1:  # the part's last block, at an even flow
                 images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
             some = draws[part.start * A:part.stop * A]
-            rows = some.order[:, 0].argsort(kind="stable")  # as jitter wants them
-            sources = np.stack([some.image, some.partner], axis=1)[rows, :1 + self.mixup]  # (V, K)
-            frames, crops = [images[i] for i in sources.flat], some.crop[rows].repeat(1 + self.mixup, axis=0)
-            boxes = [crop_box(c, *frame.shape[1:], self.least) for c, frame in zip(crops, frames)]
-            views = (self._render(some, rows, frames, boxes, size) for size in self.sizes)
+            frames = [images[i] for pair in zip(some.image, some.partner) for i in pair[:self.K]]
+            crops = zip(some.crop.repeat(self.K, axis=0), frames)
+            boxes = [crop_box(crop, *frame.shape[1:], self.least) for crop, frame in crops]
+            views = (self._render(some, frames, boxes, size) for size in self.sizes)
             yield tuple(x.unflatten(0, (-1, A)) for x in views)
-            images = {i: image for i, image in images.items() if i // block >= part.stop // block}
 
-    def _render(self, draws, rows, frames, boxes, size):  # views (V,3,size,size)
-        crop, count, K = crop_one_by_one, 2 ** 18 // size ** 2, len(frames) // len(draws)
+    def _render(self, draws, frames, boxes, size):  # views (V,3,size,size), a few at a time
+        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, self.K, []  # in a CPU's cache
         if self.device.type != "cpu":
             longest = max(max(frame.shape) for frame in frames)
-            crop, count = crop_by_products, 2 ** 26 // max(longest, size) ** 2
-        views = torch.empty(len(draws), 3, size, size, device=self.device)
+            crop, count = crop_by_products, 2 ** 26 // max(longest, size) ** 2  # in a GPU's memory
         for v in range(0, len(draws), count := max(1, count)):
-            which, of = rows[v:v + count], slice(v * K, (v + count) * K)
-            x = crop(frames[of], boxes[of], draws.flip[which].repeat(K), size).div_(255).unflatten(0, (-1, K))
-            if self.jitter:  # (v, K, 3, s, s)
-                x, place = jitter(x, draws.factors[which], draws.order[which])
-                which = which[place]
-            if self.mixup:
-                weight = torch.tensor(draws.weight[which]).to(x, non_blocking=True)[:, None, None, None, None]
+            some, of = draws[v:v + count], slice(v * K, (v + count) * K)
+            x = crop(frames[of], boxes[of], some.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
+            if self.jitter:  # (v,K,3,s,s)
+                x = jitter(x, some.factors, some.order)
+            if K > 1:
+                weight = torch.tensor(some.weight).to(x, non_blocking=True)[:, None, None, None, None]
                 x = torch.lerp(x[:, 1:], x[:, :1], weight)
-            views.index_copy_(0, torch.tensor(which).to(x.device, non_blocking=True), normalize(x[:, 0]))
-        return views
+            views.append(normalize(x[:, 0]))
+        return torch.cat(views)
 
 def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
                         device="cpu", seed=1234, least=0.08):
@@ -422,6 +392,7 @@ def run_command(main):
     try:
         main()
         add_up(torch.zeros(1))  # process 0 has its table still to make
+        return distributed.is_initialized() and distributed.destroy_process_group()
     except KeyboardInterrupt as stop:
         code, say = 130, f"\n{str(stop) or 'interrupted'}"
     except torch.OutOfMemoryError:
@@ -429,8 +400,6 @@ def run_command(main):
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
         code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
-    else:
-        return distributed.is_initialized() and distributed.destroy_process_group()
     if PROCESSES["rank"] == 0 or (code == 2 and distributed.is_initialized()):  # until then all say the same
         print(say, file=sys.stderr, flush=True)
     sys.exit(code)
@@ -464,8 +433,8 @@ def main(argv=None):
         download_and_extract_archive(url, options.root, md5=md5)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{url} could not be downloaded whole ({error})") from error
-    for split in ("train", "test"):
-        print(f"{split}: {len(load_dataset(options.name, options.root, split))} images, all there")
+    counts = (len(load_dataset(options.name, options.root, split)) for split in ("train", "test"))
+    print("{} images for training, {} for testing, all there".format(*counts))
 
 if __name__ == "__main__":
     run_command(main)
