@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import zipfile
-
 import numpy as np
 import torch
 import torchvision
@@ -134,7 +133,6 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
 
 def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     """Distance-weighted sampling (Wu et al., ICCV 2017): (Q,D), (N,D), (Q,), (N,) -> (Q,N), rows sum to 1.
-
     Weights are 1 / q(d), d >= 0.5, relative to the largest or 1, plus 1e-6; 0 for the anchor's class,
     ValueError if that is all. ln q(d) = (D-2) ln d + (D-3)/2 ln(1 - d^2/4): how common d is on the sphere.
     """
@@ -156,8 +154,7 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, chunk=512
     weights = (negative_probabilities(some, pool, labels, pool_labels) for some, labels in chunks)
     return torch.cat([torch.multinomial(weight, count, generator=generator) for weight in weights])
 
-def fingerprint(net):
-    """16 hex digits that name a network's weights."""
+def fingerprint(net):  # 16 hex digits that name a network's weights
     state = sorted(net.state_dict().items())  # as bytes, for numpy has no bfloat16
     octets = [name.encode() + x.cpu().flatten().view(torch.uint8).numpy().tobytes() for name, x in state]
     return hashlib.sha256(b"".join(octets)).hexdigest()[:16]
@@ -184,9 +181,7 @@ def write_atomically(path, content):
         raise OSError(f"{path} could not be written ({error}); a previous one is intact") from error
 
 def read_checkpoint(path):
-    """What torch.save wrote, of plain data; no code is run. Raises FileNotFoundError, else ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    """What torch.save wrote, of plain data; no code is run. Raises ValueError for what is not that."""
     scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
     numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]  # numpy 2's, 1's
     try:
@@ -199,7 +194,6 @@ def read_checkpoint(path):
 
 def load_checkpoint(path_or_name, backbone=None):
     """The EmbeddingNet, in eval mode, of a file, ours or the authors', or a name in RELEASED, fetched once.
-
     Its `size` is that of training, if known. A `backbone` of your own is needed again. OSError or ValueError.
     """
     path = str(path_or_name)

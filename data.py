@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -57,8 +56,7 @@ def read_image(path, most=math.inf):
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
-def as_rgb(image):
-    """A PIL image of any mode as RGB: transparency on white, 16 bit scaled to 8."""
+def as_rgb(image):  # a PIL image of any mode: transparency on white, 16 bit scaled to 8
     if image.mode.startswith("I"):  # 16-bit grey, under its several names
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -75,8 +73,7 @@ def evaluation_transform(size):
     """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
     return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)) / 255)
 
-def normalize(images):
-    """(...,3,H,W) float in [0,1] -> ImageNet-normalised, in place."""
+def normalize(images):  # (...,3,H,W) float in [0,1] -> ImageNet-normalised, in place
     for channel, mean, std in zip(images.unbind(-3), MEAN, STD):
         channel.sub_(mean).div_(std)
     return images
@@ -104,12 +101,10 @@ class ImageSet:
 
 def load_dataset(name, root=None, split="train", check=True):
     """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
-
     split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: hold their
-    number to the published one. FileNotFoundError or ValueError says what is expected.
+    number to the published one. Raises ValueError, which says what is expected.
     """
-    refuse(split not in ("train", "test", "fit", "val"), f"no split {split!r}: train, test, fit or val")
-    known, part = name.lower(), "test" if split == "test" else "train"
+    known, part = name.lower(), {"train": "train", "fit": "train", "val": "train", "test": "test"}[split]
     if known == "synthetic":
         rows = list(zip(*synthetic(part)))  # of images, or else paths, and classes
     elif known in COUNTS:
@@ -120,11 +115,9 @@ def load_dataset(name, root=None, split="train", check=True):
         rows = _half(rows, part == "test")
     missing = [path for path, _ in rows if known in COUNTS and not os.path.isfile(path)]
     expected = COUNTS[known][part] if check and known in COUNTS else len(rows)
-    if missing or len(rows) != expected:
-        raise FileNotFoundError(f"{name} in {root}: {len(rows)} of {expected} {part} images are listed, "
-                                f"{len(missing)} of them missing {', '.join(missing[:3])}")
-    if split != part:
-        rows = _half(rows, split == "val")
+    refuse(missing or len(rows) != expected, f"{name} in {root}: {len(rows)} of {expected} {part} images are "
+           f"listed, {len(missing)} of them missing {', '.join(missing[:3])}")
+    rows = rows if split == part else _half(rows, split == "val")
     refuse(not rows, f"no {split} images in {root or name}: one sub-folder of images per class, at least 2, "
            "is expected (or the name cub, cars, sop, synthetic)")
     images, labels = map(list, zip(*rows))
@@ -137,8 +130,7 @@ def settle_dataset(name, root, inherited):
     name = (name or inherited.get("dataset") or "").lower()
     refuse(not name, "--dataset is missing: the teacher does not say on which it was trained")
     refuse(root and name == "synthetic", "--root needs --dataset: which one is there?")
-    if name == inherited.get("dataset"):
-        root = root or inherited.get("root")
+    root = root or name == inherited.get("dataset") and inherited.get("root") or None
     return name, root and os.path.abspath(root)
 
 def _half(rows, second, last=None):  # of classes above `last` (else the middle one) if second, else the rest
@@ -206,16 +198,15 @@ def _eggs(angles, periods, colours, uniform):  # (n,80,80,3) of stripes (n,3) in
     stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)  # from soft to bold
     dark, light = (colours + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[..., None, None].unbind(1)
     egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, halved(stripes))
-    shade = (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2)
-    egg = egg * shade + 0.4 * ((noise(5) + noise(11)) / 2) - 0.2
+    egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2)  # a shade, and noise
+    egg = egg + 0.4 * ((noise(5) + noise(11)) / 2) - 0.2
     litter = (noise(5) + noise(11) + noise(40)) / 3
     litter = 0.15 + 0.7 * torch.lerp(litter, litter.mean(1, keepdim=True), 0.4)
     scene = torch.lerp(litter, egg, halved(((1 - radius) * 40).sigmoid())) * uniform(0.75, 1.2, n, 1, 1, 1)
     scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-def decoder(dataset, workers=0, device="cpu"):
-    """decode(keys): an iterator over uint8 images (3,H,W), one a key of ImageSet; workers live as long."""
+def decoder(dataset, workers=0, device="cpu"):  # decode(keys): iterates over uint8 images (3,H,W)
     keys = []  # what the workers get
     loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers,
                         persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
@@ -237,29 +228,25 @@ def evaluation_batches(decode, rows, parts, size, device):
             places, images = zip(*found)
             yield list(places), normalize(torch.stack(images).to(device, non_blocking=True) / 255)
 
-def seeded(*numbers, device="cpu"):
-    """A torch.Generator for a tuple of whole numbers: (seed, epoch, purpose), say."""
+def seeded(*numbers, device="cpu"):  # a torch.Generator for (seed, epoch, purpose), say
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed >> 1))
 
-def draw_views(count, copies, *seed):
-    """What is random in an epoch's views, `copies` of each of `count` images: (count * copies,) records."""
+def draw_views(count, copies, *seed):  # what is random in an epoch of images: (count * copies,) records
     draws = np.recarray(count * copies, VIEW)
     for start in range(0, count, BLOCK):
         n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
         own, block = np.arange(n).repeat(copies), draws[start * copies:(start + n) * copies]
-        V = len(own)
         block.image = start + own
-        block.partner = start + (own + 1 + random.integers(max(1, n - 1), size=V)) % n  # another one
-        block.crop = random.random((V, 10, 4))
-        block.flip = random.random(V) < 0.5
-        block.factors = random.uniform(*COLOURS, (V, 4))
-        block.order = random.permuted(np.tile(np.arange(4), (V, 1)), axis=1)
-        block.weight = random.beta(0.2, 0.2, V)
+        block.partner = start + (own + 1 + random.integers(max(1, n - 1), size=own.shape)) % n  # another one
+        block.crop = random.random(block.crop.shape)
+        block.flip = random.random(own.shape) < 0.5
+        block.factors = random.uniform(*COLOURS, block.factors.shape)
+        block.order = random.permuted(np.tile(np.arange(4), (len(own), 1)), axis=1)
+        block.weight = random.beta(0.2, 0.2, own.shape)
     return draws
 
-def crop_box(attempts, height, width, least):
-    """RandomResizedCrop's (top, left, height, width) of a frame, `least` to 1 of it, by ten attempts."""
+def crop_box(attempts, height, width, least):  # RandomResizedCrop's (top, left, height, width) of a frame
     for area, ratio, top, left in attempts:  # the first that fits
         area = height * width * (least + (1 - least) * area)
         ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
@@ -326,7 +313,6 @@ def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1
 
 class Views:
     """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
-
     A view is one draw, the same at all `sizes`: a crop of `least` to all of the area, a flip and, if asked,
     jitter and mixup with another image of its block, put through the same draw. It depends on seed, epoch
     and block only. Each image is decoded once an epoch. Each iteration is the next epoch.
@@ -362,11 +348,10 @@ class Views:
             views = (self._render(some, frames, boxes, size) for size in self.sizes)
             yield tuple(x.unflatten(0, (-1, A)) for x in views)
 
-    def _render(self, draws, frames, boxes, size):  # views (V,3,size,size), a few at a time
-        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, self.K, []  # in a CPU's cache
+    def _render(self, draws, frames, boxes, size):  # views (V,3,size,size), made a few at a time
+        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, self.K, []
         if self.device.type != "cpu":
-            longest = max(max(frame.shape) for frame in frames)
-            crop, count = crop_by_products, 2 ** 26 // max(longest, size) ** 2  # in a GPU's memory
+            crop, count = crop_by_products, 2 ** 26 // max(size, *(max(x.shape) for x in frames)) ** 2
         for v in range(0, len(draws), count := max(1, count)):
             some, of = draws[v:v + count], slice(v * K, (v + count) * K)
             x = crop(frames[of], boxes[of], some.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
@@ -384,8 +369,7 @@ def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_siz
     return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers,
                  device, seed)
 
-def run_command(main):
-    """Run a program: a mistake of the user, or of the machine, ends in one sentence and exit code 2."""
+def run_command(main):  # a mistake of the user, or of the machine, ends in one sentence and exit code 2
     PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
     if PROCESSES["rank"]:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
@@ -404,13 +388,11 @@ def run_command(main):
         print(say, file=sys.stderr, flush=True)
     sys.exit(code)
 
-def refuse(wrong, sentence):
-    """Raise ValueError with a sentence if something is wrong."""
+def refuse(wrong, sentence):  # what is wrong, by a ValueError with the sentence
     if wrong:
         raise ValueError(sentence)
 
-def add_up(*tensors):
-    """Sum each tensor over the processes of a program, in place: the same sum in all."""
+def add_up(*tensors):  # each over the processes of a program, in place: the same sum in all
     if PROCESSES["count"] == 1:
         return
     try:

@@ -5,7 +5,6 @@ without --teacher one is trained first, and a baseline with labels at the small 
     python distill.py --teacher runs/cub-448/model.pt --student-size 224  # the paper's setting, one GPU
 """
 import torch
-
 from asymres import absolute_term, fingerprint, ss_term, ts_term
 from data import Views, evaluation_batches, refuse, run_command, seeded
 from evaluate import embed, extract, trade_off

@@ -9,12 +9,10 @@ import json
 import os
 import timeit
 from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
-
 from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
 from data import (PROCESSES, WORKERS, ImageSet, add_up, decoder, evaluation_batches, evaluation_crop,
                   list_images, load_dataset, refuse, run_command, settle_dataset)
@@ -29,7 +27,6 @@ def knn(queries, database, k, same_images=False, chunk=2 ** 26):
 def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2, 4, 8), same_images=True,
                       chunk=2 ** 26):
     """{metric: mean over queries, in [0, 1]} of queries (Q, D), database (N, D), integer labels (Q,), (N,).
-
     The n images with a query's label are correct, the j-th best of them has rank r, both from 0; at equal
     scores wrong images rank first. A query with n = 0 is left out, its image stays in the database.
     same_images: query i and row i are one image, no answer to itself. chunk: scores held at a time.
@@ -127,9 +124,7 @@ def embed(net, images, precision="float32"):
 def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", rows=None,
             decode=None):
     """Embeddings (N, D), float32, on the CPU, of the images `rows` (all by default) at `size` px.
-
     `net` goes to `device`, in eval mode. ValueError for an unreadable image; zeros in a lenient dataset.
-    Work is shared under torchrun.
     """
     device, rows = find_device(device), range(len(dataset)) if rows is None else rows
     net, embeddings = net.to(device).eval(), torch.zeros(len(rows), net.dim)
@@ -144,7 +139,6 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
 @torch.no_grad()
 def trade_off(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, figure=None, **how):
     """Print accuracy (%) against the cost of a query. -> the table's rows (dicts), in process 0.
-
     Networks know their `size`; `how` goes to extract; figure: a PNG of what the first student finds.
     """
     device, labels, rows = find_device(device), dataset.labels, []

@@ -12,9 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-
 import torch
-
 from asymres import (BATCHNORM, EmbeddingNet, draw_negatives, load_checkpoint, read_checkpoint,
                      save_checkpoint, triplet_loss)
 from data import PROCESSES, WORKERS, Views, add_up, load_dataset, refuse, run_command, seeded, settle_dataset
@@ -80,8 +78,7 @@ def load_split(options, part="train"):  # the images of a run's training, or of 
     split = {"train": "fit", "test": "val"}[part] if options.validation else part
     return load_dataset(options.dataset, options.root, split)
 
-def new_network(options, pooling, size):
-    """The EmbeddingNet that a run starts from, held to the size it will see."""
+def new_network(options, pooling, size):  # that a run starts from, held to the size it will see
     torch.manual_seed(options.seed)
     weights = {"imagenet": True, "random": False, "teacher": False}.get(options.weights, options.weights)
     net = EmbeddingNet(options.arch, pooling, options.dim, weights)
