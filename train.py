@@ -33,6 +33,7 @@ RECIPES = {
                     synthetic=dict(CUB, **EGGS, teacher_size=64, student_size=32, crop=0.5, batch=8, lr=4e-3,
                                    lambda_ts=0.75, lambda_ss=0.75))}
 HELP = dict(
+    root="where the data set is", out="a run's folder; default: a free one in runs/", size="side in px",
     dataset="cub, cars, sop, synthetic or a folder of class folders", pooling="gem, gemmp, mac or spoc",
     teacher="file or released name; without it one is trained", arch="of torchvision, resnet10, timm/NAME",
     weights="imagenet, random, a file; of a student: teacher", crop="least share of an image in a crop",
@@ -167,8 +168,7 @@ def fit(net, count, rows_for, batches, losses, names, options):
                     raise KeyboardInterrupt(f"saved after step {state['step']}: the same command continues")
         return net.eval()
 
-def cut(rows, size):
-    """A slice in slices of `size`: 0:9 by 4 is 0:4, 4:9. Batch-norm needs two rows, so a lone one joins."""
+def cut(rows, size):  # 0:9 by 4 is 0:4, 4:9: batch-norm needs two rows, so a lone one joins
     ends = [*range(rows.start + size, rows.stop - 1, size), rows.stop]
     return list(map(slice, [rows.start, *ends], ends))
 
@@ -208,7 +208,7 @@ def report(state, names, seen, schedule, began, log, options):
              "lr": schedule.get_last_lr()[0], "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
              "images_per_s": state["rows"].numel() * options.epochs / total / pace,
              "minutes_left": pace * (total - done) / 60}
-    line = f"{options.out}: " + ", ".join(f"{name} {value:.6g}" for name, value in entry.items())
+    line = f"{options.out} {done}/{total}: " + ", ".join(f"{name} {x:.6g}" for name, x in entry.items())
     refuse(not state["sums"].isfinite().all(), f"the loss is not finite: {line}; model.pt is from before")
     if PROCESSES["rank"] == 0 and seen == len(state["rows"]):
         print(json.dumps(entry), file=log, flush=True)
