@@ -263,8 +263,7 @@ def crop_one_by_one(images, boxes, flip, size):
     crops[flip] = crops[flip].flip(-1)
     return crops.float()
 
-def crop_by_products(images, boxes, flip, size, kind=torch.float16):
-    """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
+def crop_by_products(images, boxes, flip, size, kind=torch.float16):  # the same for a GPU, not rounded
     (H, W), device = (max(image.shape[side] for image in images) for side in (1, 2)), images[0].device
     frames = torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
     box = torch.tensor(boxes).T.to(device, torch.float32, non_blocking=True)[..., None, None]
@@ -276,20 +275,21 @@ def crop_by_products(images, boxes, flip, size, kind=torch.float16):
     rows, columns = (weights / weights.sum(-1, keepdim=True))[:, :, None].to(kind)  # (V,1,size,...)
     flip = torch.tensor(flip).to(device, non_blocking=True)[:, None, None, None]
     columns = torch.where(flip, columns.flip(2), columns)
-    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()
+    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()  # in half, weights to 2^-11
 
 def jitter(x, factors, order):
     """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
-    place = np.arange(len(x))  # which view a row of x is: those of one operation are brought together
+    place, room = np.arange(len(x)), torch.empty_like(x)  # place: which view a row of x is
     for turn in range(4):
-        together = order[place, turn].argsort(kind="stable")
-        x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
+        together = order[place, turn].argsort(kind="stable")  # views of one operation, side by side
+        there = torch.tensor(together).to(x.device, non_blocking=True)
+        x, room, place = torch.index_select(x, 0, there, out=room), x, place[together]
         operations = order[place, turn]
         factor = torch.tensor(factors[place, operations]).to(x, non_blocking=True)
         ends = operations.searchsorted(range(5))  # known on the host: no device is waited for
         for operation, start, stop in zip(range(4), ends, ends[1:]):
             _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
-    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
+    return torch.index_select(x, 0, torch.tensor(place.argsort()).to(x.device, non_blocking=True), out=room)
 
 def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1,1,1)
     red, green, blue = x.unbind(-3)
@@ -349,7 +349,7 @@ class Views:
             yield tuple(x.unflatten(0, (-1, A)) for x in views)
 
     def _render(self, draws, frames, boxes, size):  # views (V,3,size,size), made a few at a time
-        crop, count, K, views = crop_one_by_one, 2 ** 18 // size ** 2, self.K, []
+        crop, count, K, views = crop_one_by_one, 2 ** 17 // size ** 2, self.K, []
         if self.device.type != "cpu":
             crop, count = crop_by_products, 2 ** 26 // max(size, *(max(x.shape) for x in frames)) ** 2
         for v in range(0, len(draws), count := max(1, count)):
