@@ -263,7 +263,8 @@ def crop_one_by_one(images, boxes, flip, size):
     crops[flip] = crops[flip].flip(-1)
     return crops.float()
 
-def crop_by_products(images, boxes, flip, size, kind=torch.float16):  # the same for a GPU, not rounded
+def crop_by_products(images, boxes, flip, size, kind=torch.float16):
+    """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
     (H, W), device = (max(image.shape[side] for image in images) for side in (1, 2)), images[0].device
     frames = torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
     box = torch.tensor(boxes).T.to(device, torch.float32, non_blocking=True)[..., None, None]
@@ -275,21 +276,20 @@ def crop_by_products(images, boxes, flip, size, kind=torch.float16):  # the same
     rows, columns = (weights / weights.sum(-1, keepdim=True))[:, :, None].to(kind)  # (V,1,size,...)
     flip = torch.tensor(flip).to(device, non_blocking=True)[:, None, None, None]
     columns = torch.where(flip, columns.flip(2), columns)
-    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()  # in half, weights to 2^-11
+    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()
 
 def jitter(x, factors, order):
     """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
-    place, room = np.arange(len(x)), torch.empty_like(x)  # place: which view a row of x is
+    place = np.arange(len(x))  # which view a row of x is: those of one operation are brought together
     for turn in range(4):
-        together = order[place, turn].argsort(kind="stable")  # views of one operation, side by side
-        there = torch.tensor(together).to(x.device, non_blocking=True)
-        x, room, place = torch.index_select(x, 0, there, out=room), x, place[together]
+        together = order[place, turn].argsort(kind="stable")
+        x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
         operations = order[place, turn]
         factor = torch.tensor(factors[place, operations]).to(x, non_blocking=True)
         ends = operations.searchsorted(range(5))  # known on the host: no device is waited for
         for operation, start, stop in zip(range(4), ends, ends[1:]):
             _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
-    return torch.index_select(x, 0, torch.tensor(place.argsort()).to(x.device, non_blocking=True), out=room)
+    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
 
 def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1,1,1)
     red, green, blue = x.unbind(-3)
