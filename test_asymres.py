@@ -33,6 +33,7 @@ from evaluate import extract, knn, retrieval_metrics
 torch.set_num_threads(1)                    # no threads that a forked process would lack
 HERE, close = Path(__file__).parent, torch.testing.assert_close
 T, D, E = train, distill, evaluate
+options_of = lambda argv: train.parse("teacher", "", argv)[0]
 def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -59,9 +60,6 @@ def small(root, out, **changes):
 def trained(root, out, **changes):
     """The network that train.py's function returns, without the table."""
     return train.train(options_of(small(root, out, **{"size": 32, **changes})))
-
-def options_of(argv):
-    return train.parse("teacher", "", argv)[0]
 
 def distilled(teacher, out, **changes):
     """A command line of distill.py: data set, network and weights are the teacher's."""
@@ -378,11 +376,10 @@ def test_big_images_are_shrunk_while_they_are_read(tmp_path, name):
     image, dataset = read_image(tmp_path / name, most), ImageSet([0], [str(tmp_path / name)])
     assert 0.9 * most < image.width * image.height <= most and abs(image.width / image.height - 4 / 3) < 0.1
     both = [Views(dataset, (32,), copies=20, least=0.5) for _ in range(2)]
-    assert both[0].most == most
     both[1].most = 1e9
     shrunk, whole = (next(iter(views))[0] for views in both)
     difference = ((shrunk - whole) * 255 * 0.225).abs().mean((2, 3, 4))         # grey levels, view by view
-    assert 0 < difference.median() < 4 and read_image(tmp_path / name, 10 ** 9).size == soft.size
+    assert both[0].most == most and 0 < difference.median() < 4 and read_image(tmp_path / name, 10 ** 9).size == soft.size
 
 # --------------------------------------------------------------------------------------- coupled augmentation
 def views_of(size, start=0, **how):
@@ -392,8 +389,7 @@ def views_of(size, start=0, **how):
     parts = [slice(i, min(i + size, 230)) for i in range(start, 230, size)]
     return [torch.cat(batches) for batches in zip(*views.epoch(1, torch.arange(230), parts))]
 
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+same = lambda xs, ys: all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 def test_views_depend_on_seed_epoch_and_block_alone(monkeypatch):
     """Not on slices, workers, or where an epoch is entered. An image is decoded once an epoch."""
