@@ -1,219 +1,445 @@
-"""The method of Suma & Tolias, Large-to-small Image Resolution Asymmetry in Deep Metric Learning, WACV 2023.
+"""The method of Suma & Tolias, "Large-to-small Image Resolution Asymmetry in Deep Metric Learning"
+(WACV 2023): the embedding network, the losses of teacher and student, and checkpoints.
 
-    net = EmbeddingNet("resnet50", dim=512)  # images (B,3,H,W) -> unit vectors (B,D)
-    loss = distillation_loss(student_views, teacher_views, lambda_ts=0.77, lambda_ss=0.67)
+    net = EmbeddingNet("resnet50", dim=512)             # images (B, 3, H, W) -> unit vectors (B, D)
+    loss = distillation_loss(s, t, lambda_ts=0.77, lambda_ss=0.67)   # two times (B, A, D) -> scalar
 
-Needs torch, torchvision and numpy only: copy it. B images, A views (augmented copies) of each, D dimensions,
-C channels; P positives and M negatives an anchor.
+This file needs torch, torchvision and numpy, and nothing else of this project: copy it.
+
+Shapes: B images, A augmented views of each, D dimensions of an embedding, C channels of a feature
+map of h x w positions, P positives and M negatives of an anchor. Vectors are rows: (N, D).
 """
+
 import hashlib
 import os
 import re
+import tempfile
 import zipfile
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn import functional as F
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-POOLINGS = {"gem": lambda channels: GeM(), "gemmp": lambda channels: GeM(channels=channels),
-            "mac": lambda channels: nn.AdaptiveMaxPool2d(1), "spoc": lambda channels: nn.AdaptiveAvgPool2d(1)}
-BATCHNORM = nn.modules.batchnorm._BatchNorm  # layers of any kind
-HEAD = ("aux1", "aux2", "AuxLogits", "avgpool", "dropout", "fc", "classifier")  # by torchvision's names
-RELEASED = [f"{data}-{size}-resnet50-512-gem-w" for data in ("cub", "cars", "sop")
-            for size in ("448r", "224r", "S224r-T448r")]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
+
+# The authors' checkpoints: teachers of 448 px, networks of 224 px, students of 224 px.
+RELEASED = [
+    f"{dataset}-{size}-resnet50-512-gem-w"
+    for dataset in ("cub", "cars", "sop")
+    for size in ("448r", "224r", "S224r-T448r")
+]
 RELEASED_URL = "http://ptak.felk.cvut.cz/personal/sumapave/public/{}.pth"
 
+
+class NetworkError(ValueError):
+    """A name or a file from which no network can be made; the message says what to do."""
+
+
+# ------------------------------------------------------------------ the embedding network, Sec. 3.1
+
+
 class GeM(nn.Module):
-    """Mean of clamp(x, eps)^p over positions, ^(1/p): (B,C,h,w) -> (B,C). p, one or C of them, is learned."""
+    """Generalized-mean pooling: (B, C, h, w) -> (B, C), the mean of x^p over positions, ^(1/p).
+
+    p = 1 is the average, large p approaches the maximum. It is learned: one p for all channels, or
+    channels=C of them. Values below eps count as eps.
+    """
+
     def __init__(self, p=3.0, channels=1, eps=1e-6):
         super().__init__()
-        self.p, self.eps = nn.Parameter(torch.full((channels,), float(p))), eps
+        self.p = nn.Parameter(torch.full((channels,), float(p)))
+        self.eps = eps
 
     def forward(self, x):
         p = self.p.to(x.dtype)
-        return x.clamp(min=self.eps).pow(p[:, None, None]).mean((-2, -1)).pow(1 / p)
+        mean = x.clamp(min=self.eps).pow(p[:, None, None]).mean((-2, -1))  # (B, C)
+        # Where eps^p is not a float any more the mean is 0 and its root has no slope.
+        return mean.clamp(min=torch.finfo(x.dtype).tiny).pow(1 / p)
+
 
 class EmbeddingNet(nn.Module):
-    """Sec. 3.1. Images (B,3,H,W) -> unit vectors (B,D): backbone, pooling, L2, linear whitening, L2.
+    """Images (B, 3, H, W), normalised like ImageNet's, of any size -> unit vectors (B, D).
 
-    arch        a torchvision convolutional classifier, "resnet10" (a basic block a stage), or "timm/NAME"
-    pooling     "gem", "gemmp" (one p per channel), "mac" (maximum) or "spoc" (mean)
-    dim         D, the output of the whitening layer; 0: no such layer, D is the backbone's C
-    pretrained  True: ImageNet weights; False: random; a path: a file of the classifier's weights
-    backbone    a module (B,3,H,W) -> (B,C,h,w) instead of `arch`
+    Backbone, pooling, L2, linear whitening, L2 (Sec. 3.1). Views (B, A, 3, H, W) give (B, A, D).
 
-    Images are ImageNet-normalised. Batch-norm's statistics stand still if weights are pretrained, and in
-    layers of `backbone` in eval mode. The head is in float32. ValueError for what is unknown or missing.
+    arch        a torchvision convolutional classifier, "timm/NAME" (needs timm), or "resnet10"
+    pooling     "gem", "gemmp" (one p for each channel), "mac" (maximum) or "spoc" (mean)
+    dim         D; 0: without whitening, D is then the number C of the backbone's channels
+    pretrained  True: ImageNet weights; False: random weights; a path: a file of weights for `arch`
+    backbone    a module (B, 3, H, W) -> (B, C, h, w) of your own in place of `arch`
+
+    With pretrained weights the batch-norm layers stay in eval mode while training: their statistics
+    are kept, scale and shift are learned. A pretrained network that expects another normalisation
+    than ImageNet's gets it: see `mean` and `std`. `size` is for the caller: the side in px at which
+    the network was trained. Raises NetworkError where `arch` or the weights cannot be had.
     """
+
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}: choose from {', '.join(POOLINGS)}")
-        self.arch, self.pooling = arch if backbone is None else "custom", pooling
-        self.size, self.teacher, self.options = None, None, {}  # in px; a fingerprint; as saved
+        self.arch = arch if backbone is None else "custom"
+        self.pooling = pooling
+        self.size = None
         self.frozen_batchnorm = bool(pretrained)
-        try:
-            self.backbone = _backbone(arch, pretrained) if backbone is None else backbone
-            self.frozen_layers = [layer for layer in self.backbone.modules() if not layer.training]
-            image = torch.zeros(1, 3, 224, 224)
-            _, channels, height, width = self.backbone.eval()(image.to(next(self.parameters(), image))).shape
-            assert height == width, "it is (B,h,w,C)"
-        except Exception as error:  # libraries and one's own module raise anything
-            raise ValueError(f"{self.arch}, {pretrained=}, gives no feature map ({error!r:.200}); timm/NAME: "
-                             "pip install timm; no download: --weights FILE; custom: backbone=") from error
-        self.pool = POOLINGS[pooling](channels)
+        mean, std = MEAN, STD
+        if backbone is None:
+            backbone, mean, std = build_backbone(arch, pretrained)
+        self.backbone = backbone
+        channels = count_channels(backbone, self.arch)
+        if pooling not in ("gem", "gemmp", "mac", "spoc"):
+            raise NetworkError(f"unknown pooling {pooling!r}: choose gem, gemmp, mac or spoc")
+        if pooling == "mac":
+            self.pool = nn.AdaptiveMaxPool2d(1)
+        elif pooling == "spoc":
+            self.pool = nn.AdaptiveAvgPool2d(1)
+        else:
+            self.pool = GeM(channels=channels if pooling == "gemmp" else 1)
         self.whiten = nn.Linear(channels, dim) if dim else nn.Identity()
         self.dim = dim or channels
+        self.expect_normalisation(mean, std)
         self.train()
 
-    def train(self, mode=True, statistics=True):
-        """As nn.Module's. statistics False: batch-norm uses its running statistics and leaves them alone."""
+    def expect_normalisation(self, mean, std):
+        """Images come with ImageNet's mean and deviation; the backbone gets them with these."""
+        self.mean, self.std = tuple(mean), tuple(std)
+        scale = torch.tensor(STD) / torch.tensor(self.std)
+        shift = (torch.tensor(MEAN) - torch.tensor(self.mean)) / torch.tensor(self.std)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
+
+    def train(self, mode=True):
+        """As nn.Module's, but the batch-norm layers of a pretrained network stay in eval mode."""
         super().train(mode)
-        for layer in self.modules() if self.frozen_batchnorm or not statistics else self.frozen_layers:
-            if isinstance(layer, BATCHNORM):
-                layer.eval()
+        if self.frozen_batchnorm:
+            for layer in self.backbone.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
         return self
 
     def forward(self, images):
-        if self.frozen_batchnorm and self.arch.lower() in ("googlenet", "inception_v3"):
-            mean, std = images.new_tensor([MEAN, STD])[:, :, None, None]
-            images = (images * std + mean - 0.5) / 0.5  # as they were pretrained
-        features = self.backbone(images.to(next(self.backbone.parameters(), images).dtype))  # (B,C,h,w)
-        with torch.autocast(features.device.type, enabled=False):
-            x = F.normalize(self.pool(features.float()).flatten(1))  # (B,C)
-            whitening = [p.float() for p in self.whiten.parameters()]
-            return F.normalize(F.linear(x, *whitening) if whitening else x)  # (B,D)
+        x = images.flatten(0, -4)  # (..., 3, H, W) -> (B, 3, H, W)
+        if (self.mean, self.std) != (MEAN, STD):
+            x = x * self.scale + self.shift
+        features = self.backbone(x)  # (B, C, h, w)
+        with torch.autocast(features.device.type, enabled=False):  # the head is always float32
+            x = F.normalize(self.pool(features.float()).flatten(1))  # (B, C)
+            x = F.normalize(self.whiten(x.to(images.dtype)).float())  # (B, D)
+        return x.unflatten(0, images.shape[:-3])
 
-def _backbone(arch, pretrained):  # up to the last feature map, children named as in the authors' checkpoints
-    imagenet, models = pretrained is True, torchvision.models
-    if arch.startswith("timm/"):
-        import timm
-        model = timm.create_model(arch[5:], pretrained=imagenet)
-    elif arch == "resnet10" and not imagenet:
-        model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
-    else:
-        model = models.get_model(arch, weights="IMAGENET1K_V1" if imagenet else None)
+
+def build_backbone(arch, pretrained):
+    """The layers of `arch` up to its last feature map, and the mean and std of its images.
+
+    Its children are named as in the authors' checkpoints: `0.weight` is ResNet's conv1.
+    """
+    if arch in ("googlenet", "inception_v3"):
+        raise NetworkError(
+            f"{arch} expects images of another normalisation, which is not supported"
+        )
+    from_imagenet = pretrained is True
+    mean, std = MEAN, STD
+    try:
+        if arch.startswith("timm/"):
+            import timm
+
+            model = timm.create_model(arch.removeprefix("timm/"), pretrained=from_imagenet)
+            if from_imagenet:
+                mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+            model.reset_classifier(0, "")  # neither classifier nor pooling
+            backbone = model
+        elif arch in ("resnet10", "resnet10-narrow") and not from_imagenet:
+            model = resnet10(width=64 if arch == "resnet10" else 32)
+            backbone = nn.Sequential(*model.children())
+        else:
+            weights = "IMAGENET1K_V1" if from_imagenet else None
+            model = torchvision.models.get_model(arch, weights=weights)
+            head = ("avgpool", "dropout", "fc", "classifier")  # torchvision's names
+            layers = [layer for name, layer in model.named_children() if name not in head]
+            backbone = getattr(model, "features", nn.Sequential(*layers))
+            if isinstance(model, torchvision.models.DenseNet):  # its forward goes on with a ReLU
+                backbone.add_module("relu", nn.ReLU(inplace=True))
+    except Exception as error:  # an unknown name, no timm, no download: each raises its own kind
+        raise NetworkError(
+            f"{arch} with {'ImageNet' if from_imagenet else 'random'} weights cannot be had "
+            f"({error!r:.200}); timm/NAME needs pip install timm; offline: --weights FILE"
+        ) from error
     if not isinstance(pretrained, bool):
-        model.load_state_dict(read_checkpoint(pretrained))
-    if arch.startswith("timm/"):
-        model.reset_classifier(0, "")  # no pooling either
-        return model
-    if isinstance(model, models.DenseNet):  # whose forward goes on with a ReLU
-        model.features.add_module("relu", nn.ReLU(inplace=True))
-    layers = [child for name, child in model.named_children() if name not in HEAD]
-    return getattr(model, "features", nn.Sequential(*layers))
+        mean, std = load_weights(model, backbone, pretrained)
+    return backbone, mean, std
 
-def distillation_loss(student, teacher, lambda_ts, lambda_ss):
-    """Sec. 3.3, Eq. 3-6, summed over images: unit vectors (B,A,D) x2, row b the same A views -> scalar."""
-    s, t = student, teacher
+
+def resnet10(width):
+    """A ResNet of one basic block a stage without its head, named as torchvision names its own.
+
+    width: channels of the first stage; torchvision's networks have 64.
+    """
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
+    model.add_module("bn1", nn.BatchNorm2d(width))
+    model.add_module("relu", nn.ReLU(inplace=True))
+    model.add_module("maxpool", nn.MaxPool2d(3, stride=2, padding=1))
+    channels, stride, downsample = width, 1, None
+    for stage in range(4):
+        out = width * 2**stage
+        if stage > 0:
+            stride = 2
+            shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+            downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
+        block = torchvision.models.resnet.BasicBlock(channels, out, stride, downsample)
+        model.add_module(f"layer{stage + 1}", nn.Sequential(block))
+        channels = out
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def load_weights(model, backbone, path):
+    """Load a file of weights, of a classifier or an EmbeddingNet, into the backbone of a model.
+
+    The classifier's weights may be other ones, or missing. Returns the mean and std of its images.
+    """
+    content = read_checkpoint(path)
+    meta = content.get("meta", {}) if isinstance(content, dict) else {}
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    state = without_wrappers(state)
+    if any(name.startswith("backbone.") for name in state):  # of an EmbeddingNet
+        state = {name.removeprefix("backbone."): value for name, value in state.items()}
+        model = backbone
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and shapes.get(name) == value.shape
+    }
+    needed = {id(value) for value in (*backbone.parameters(), *backbone.buffers())}
+    missing = [
+        name
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+        if id(value) in needed and name not in fitting and not name.endswith("num_batches_tracked")
+    ]
+    if missing:
+        raise NetworkError(
+            f"{path} holds no weights of this network: {len(missing)} are missing or of another "
+            f"shape, {missing[0]} among them"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return meta.get("mean", MEAN), meta.get("std", STD)
+
+
+@torch.no_grad()
+def count_channels(backbone, arch):
+    """C, found by looking: the attributes of torchvision's classifiers are not to be relied on."""
+    training = backbone.training
+    image = torch.zeros(1, 3, 224, 224)
+    for parameter in backbone.parameters():
+        image = image.to(parameter)  # its device and dtype
+        break
+    features = backbone.eval()(image)
+    backbone.train(training)
+    shape = tuple(getattr(features, "shape", ()))
+    if len(shape) != 4 or shape[2] != shape[3]:  # (B, h, w, C), tokens, or several outputs
+        raise NetworkError(
+            f"{arch} gives no feature map (B, C, h, w), but {shape or type(features)}"
+        )
+    return shape[1]
+
+
+# ------------------------------------------------- the student's loss: distillation, Sec. 3.3
+
+
+def distillation_loss(s, t, lambda_ts, lambda_ss):
+    """The loss of the student (Eq. 6), summed over images: unit vectors (B, A, D) twice -> scalar.
+
+    s[b, i] and t[b, i] are what student and teacher make of view i of image b. Views are related to
+    views of the same image only, and no label is needed. The teacher's should have no gradient.
+    """
     return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
 
+
 def absolute_term(s, t):
-    """sum_b 1/A sum_i (1 - s_bi.t_bi)^2: each view lands where the teacher puts it. (B,A,D) x2 -> scalar."""
+    """Eq. 3: sum_b 1/A sum_i (1 - s_bi . t_bi)^2. A view lands where the teacher puts it."""
     return (1 - (s * t).sum(-1)).square().mean(1).sum()
 
+
 def ts_term(s, t):
-    """sum_b 1/(A(A-1)) sum_i!=j (s_bi.t_bj - t_bi.t_bj)^2: student to teacher as teacher to teacher."""
-    return _off_diagonal_mean((s @ t.mT - t @ t.mT).square()).sum()  # (B,A,D) @ (B,D,A) -> (B,A,A)
+    """Eq. 4: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . t_bj - t_bi . t_bj)^2, student to teacher."""
+    difference = s @ t.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
+    return mean_over_pairs(difference.square()).sum()
+
 
 def ss_term(s, t):
-    """sum_b 1/(A(A-1)) sum_i!=j (s_bi.s_bj - t_bi.t_bj)^2: student to student as teacher to teacher."""
-    return _off_diagonal_mean((s @ s.mT - t @ t.mT).square()).sum()  # (B,A,D) @ (B,D,A) -> (B,A,A)
+    """Eq. 5: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . s_bj - t_bi . t_bj)^2, student to student."""
+    difference = s @ s.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
+    return mean_over_pairs(difference.square()).sum()
 
-def _off_diagonal_mean(x):  # over i != j of (B,A,A) -> (B,); zero where A is 1
-    return (x.sum((1, 2)) - x.diagonal(dim1=1, dim2=2).sum(1)) / max(1, x.shape[1] ** 2 - x.shape[1])
+
+def mean_over_pairs(x):
+    """The mean over i != j: (B, A, A) -> (B,), or 0 where A is 1 and there are no pairs."""
+    views = x.shape[1]
+    diagonal = x.diagonal(dim1=1, dim2=2)  # (B, A)
+    return (x.sum((1, 2)) - diagonal.sum(1)) / max(1, views * (views - 1))
+
+
+# ------------------------------------------------------ the teacher's loss: triplets, Sec. 3.2
+
 
 def triplet_loss(anchors, positives, negatives, margin=0.7):
-    """Sec. 3.2: sum_b mean_pm max(0, |a-p|^2 - |a-n|^2 + margin) of (B,D), (B,P,D), (B,M,D) -> scalar."""
-    to_positives = (anchors[:, None] - positives).square().sum(-1)  # (B,P)
-    to_negatives = (anchors[:, None] - negatives).square().sum(-1)  # (B,M)
-    return F.relu(to_positives[:, :, None] - to_negatives[:, None] + margin).mean((1, 2)).sum()
+    """Sum over anchors of the mean over P x M pairs of max(0, |a - p|^2 - |a - n|^2 + margin).
+
+    anchors (B, D), positives (B, P, D) and negatives (B, M, D) -> scalar (Sec. 3.2).
+    """
+    to_positives = (anchors[:, None] - positives).square().sum(-1)  # (B, P)
+    to_negatives = (anchors[:, None] - negatives).square().sum(-1)  # (B, M)
+    losses = F.relu(to_positives[:, :, None] - to_negatives[:, None, :] + margin)  # (B, P, M)
+    return losses.mean((1, 2)).sum()
+
 
 def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
-    """Distance-weighted sampling (Wu et al., ICCV 2017): (Q,D), (N,D), (Q,), (N,) -> (Q,N), rows sum to 1.
-    Weights are 1 / q(d), d >= 0.5, relative to the largest or 1, plus 1e-6; 0 for the anchor's class,
-    ValueError if that is all. ln q(d) = (D-2) ln d + (D-3)/2 ln(1 - d^2/4): how common d is on the sphere.
+    """Distance-weighted sampling (Wu et al., ICCV 2017): how likely each image is to be a negative.
+
+    Unit vectors (Q, D) and (N, D), labels (Q,) and (N,) -> (Q, N), rows sum to 1, with 0 for the
+    anchor's own class. Uniform points on the sphere have distances d to the anchor of density
+    q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). A weight of 1/q(d), d >= 0.5, makes all distances equally
+    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others. Weights are
+    taken relative to the largest, and to at least 1 as in the authors' code, where the own class
+    counts with log-weight 0: so weights that are all tiny are not blown up beside the 1e-6.
+    Raises ValueError where an anchor has no negative.
     """
-    dim, kind = anchors.shape[1], torch.promote_types(anchors.dtype, torch.float32)
-    same = anchor_labels[:, None] == pool_labels  # (Q,N)
-    if same.all(1).any():
+    dim = anchors.shape[1]
+    own_class = anchor_labels[:, None] == pool_labels  # (Q, N)
+    if own_class.all(1).any():
         raise ValueError("an anchor has no negatives in the pool")
-    with torch.autocast(anchors.device.type, enabled=False):
-        squared = (2 - 2 * anchors.to(kind) @ pool.to(kind).T).clamp(0.25, 4 - 1e-6)  # (Q,N): d^2, d < 2
-    log_q = ((dim / 2 - 1) * squared.log() + (dim - 3) / 2 * (1 - squared / 4).log()).masked_fill_(same, 0)
-    weight = (log_q.amin(1, keepdim=True) - log_q).exp_().add_(1e-6).masked_fill_(same, 0)
-    return weight.div_(weight.sum(1, keepdim=True))
+    d_squared = (2 - 2 * anchors @ pool.T).clamp(
+        0.5**2, 4 - 1e-6
+    )  # (Q, N); at d = 2, 1/q is infinite
+    log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
+    log_weight = log_weight.masked_fill(own_class, 0)
+    weight = (log_weight - log_weight.amax(1, keepdim=True)).exp() + 1e-6
+    weight = weight.masked_fill(own_class, 0)
+    return weight / weight.sum(1, keepdim=True)
 
-def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, chunk=512, generator=None):
-    """Rows (Q,count) of the pool by negative_probabilities, none twice; ValueError where there are fewer."""
-    if len(pool_labels) - pool_labels.unique(return_counts=True)[1].max() < count:
+
+def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator=None):
+    """Rows (Q, count) of the pool, drawn by `negative_probabilities`, none twice for one anchor.
+
+    Raises ValueError where an anchor has fewer negatives than that.
+    """
+    largest_class = pool_labels.unique(return_counts=True)[1].max()
+    if len(pool_labels) - largest_class < count:
         raise ValueError(f"an anchor has fewer than {count} negatives in the pool")
-    chunks = zip(anchors.split(chunk), anchor_labels.split(chunk))
-    weights = (negative_probabilities(some, pool, labels, pool_labels) for some, labels in chunks)
-    return torch.cat([torch.multinomial(weight, count, generator=generator) for weight in weights])
+    rows = []
+    for some, labels in zip(anchors.split(512), anchor_labels.split(512), strict=True):
+        probabilities = negative_probabilities(some, pool, labels, pool_labels)  # (512, N)
+        rows.append(torch.multinomial(probabilities, count, generator=generator))
+    return torch.cat(rows)
 
-def fingerprint(net):  # 16 hex digits that name a network's weights
-    state = sorted(net.state_dict().items())  # as bytes, for numpy has no bfloat16
-    octets = [name.encode() + x.cpu().flatten().view(torch.uint8).numpy().tobytes() for name, x in state]
-    return hashlib.sha256(b"".join(octets)).hexdigest()[:16]
+
+# ----------------------------------------------------------------------------------- checkpoints
+
 
 def save_checkpoint(path, net, **extra):
-    """Write the authors' format, atomically; `extra`: more entries, of plain values and tensors."""
-    meta = {"architecture": net.arch, "pooling": net.pooling, "outputdim": net.dim, "mean": list(MEAN),
-            "std": list(STD), "whitening": getattr(net.whiten, "out_features", 0), "size": net.size,
-            "frozen_batchnorm": net.frozen_batchnorm, "teacher": net.teacher}
-    write_atomically(path, {"meta": meta, "state_dict": net.state_dict(), **extra})
+    """Write an EmbeddingNet in the authors' format, or leave the file that is there as it is.
 
-def write_atomically(path, content):
-    """torch.save beside `path`, flush, rename over it. Raises OSError, with `path` untouched."""
-    temporary = f"{path}.tmp"
+    net may be wrapped by torch.compile or DataParallel. extra: more entries of plain values and
+    tensors. Raises OSError where the file cannot be written.
+    """
+    while not isinstance(net, EmbeddingNet):
+        net = net.module if hasattr(net, "module") else net._orig_mod
+    meta = {
+        "architecture": net.arch,
+        "pooling": net.pooling,
+        "whitening": net.dim if isinstance(net.whiten, nn.Linear) else 0,
+        "outputdim": net.dim,
+        "mean": list(net.mean),
+        "std": list(net.std),
+        "size": net.size,
+        "frozen_batchnorm": net.frozen_batchnorm,
+    }
+    state = without_wrappers(net.state_dict())
+    save_atomically(path, {"meta": meta, "state_dict": state, **extra})
+
+
+def save_atomically(path, content):
+    """torch.save to a file of its own, which then takes the place of `path`, whole or not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises the latter
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"{path} could not be written ({error}); a previous one is intact") from error
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
 
-def read_checkpoint(path):
-    """What torch.save wrote, of plain data; no code is run. Raises ValueError for what is not that."""
-    scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]  # numpy 2's, 1's
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
-        with torch.serialization.safe_globals(numbers):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path} is not a readable checkpoint ({error!r:.200})") from error
 
-def load_checkpoint(path_or_name, backbone=None):
-    """The EmbeddingNet, in eval mode, of a file, ours or the authors', or a name in RELEASED, fetched once.
-    Its `size` is that of training, if known. A `backbone` of your own is needed again. OSError or ValueError.
+def read_checkpoint(path_or_name):
+    """What a file of torch.save holds; a name in RELEASED is an authors' file, downloaded once.
+
+    Only plain data is read, so that a stranger's file runs no code. Raises NetworkError for others.
     """
     path = str(path_or_name)
-    if path in RELEASED:
-        url, path = RELEASED_URL.format(path), os.path.join(torch.hub.get_dir(), f"checkpoints/{path}.pth")
-        try:
-            if not os.path.exists(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                torch.hub.download_url_to_file(url, path)
-        except OSError as error:
-            raise OSError(f"{url} could not be downloaded ({error}): put it at {path}") from error
-    content = read_checkpoint(path)
     try:
-        meta, weights = content["meta"], content["state_dict"]
-        dim = len(weights.get("whiten.bias", ()))
-        net = EmbeddingNet(meta["architecture"], meta["pooling"], dim, pretrained=False, backbone=backbone)
-        net.load_state_dict(weights)
-        net.size = meta.get("size") or next(map(int, re.findall(r"-S?(\d+)r-", os.path.basename(path))), None)
-        net.frozen_batchnorm, net.teacher = meta.get("frozen_batchnorm", True), meta.get("teacher")
-        net.options = dict(content.get("options") or {})
-    except Exception as error:  # it need not be a dict
-        raise ValueError(f"{path} is not a checkpoint of this project ({error!r:.200})") from error
+        if path in RELEASED:
+            path = download_released(path)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("its checksums are wrong")
+        dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
+        scalar = (
+            np._core.multiarray.scalar
+        )  # the authors keep a numpy float; also by numpy 1's name
+        numpy_types = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
+        with torch.serialization.safe_globals(numpy_types):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise NetworkError(f"{path} is not a readable checkpoint ({error!r:.200})") from error
+
+
+def download_released(name):
+    """The path of an authors' checkpoint, fetched into torch.hub's folder if it is not there."""
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path, url = os.path.join(folder, f"{name}.pth"), RELEASED_URL.format(name)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, path)
+        except OSError as error:
+            raise OSError(f"no download of {url} ({error}): put the file at {path}") from error
+    return path
+
+
+def load_checkpoint(path_or_name, backbone=None):
+    """The EmbeddingNet, in eval mode, of a checkpoint, ours or the authors', or a name in RELEASED.
+
+    Its `size`, the resolution of its training in px, is None where neither file nor name tell.
+    A network with a `backbone` of your own needs it again. Raises NetworkError.
+    """
+    content = read_checkpoint(path_or_name)
+    try:
+        meta, state = content["meta"], without_wrappers(content["state_dict"])
+        dim = len(state["whiten.bias"]) if "whiten.bias" in state else 0
+        net = EmbeddingNet(meta["architecture"], meta["pooling"], dim, False, backbone)
+        net.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise NetworkError(
+            f"{path_or_name} is not a checkpoint of a network: {error!r:.200}"
+        ) from error
+    net.expect_normalisation(meta.get("mean", MEAN), meta.get("std", STD))
+    net.frozen_batchnorm = meta.get("frozen_batchnorm", True)
+    size_in_name = re.search(r"-S?(\d+)r-", os.path.basename(str(path_or_name)))
+    net.size = meta.get("size") or (int(size_in_name[1]) if size_in_name else None)
     return net.eval()
+
+
+def without_wrappers(state):
+    """A state dict without the prefixes that torch.compile and DataParallel put before names."""
+    return {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in state.items()}
+
+
+def fingerprint(net):
+    """16 hexadecimal digits that name a network by its weights."""
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,422 +1,926 @@
-"""Images in: data sets, the evaluation transform, the coupled augmentation of the student (Sec. 3.3).
+"""Images in: data sets, reading, the evaluation transform and the coupled views of Sec. 3.3.
 
-    python data.py cub --root DIR    # download, verify, unpack: cub or sop; for cars it says where copies are
+    python data.py cub --root data      # download, verify and unpack; sop likewise
 
-Workers only decode: crop, flip, colour, mixup and normalisation run on the training device.
+Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
+device, for all views of a micro-batch together. This file stands alone: copy it for
+`distillation_loader`. Its last part is what all programs share: processes, devices and mistakes.
 """
+
 import argparse
-import functools
-import math
+import copy
 import os
-import re
 import signal
 import sys
+import time
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 from torch import distributed
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-DOWNLOADS = {"cub": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                     "97eceeb196236b17998738112f37df78"),  # md5
-             "sop": ("http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
-                     "7f73d41a2f44250d4779881525aea32e")}
-COUNTS = {"cub": {"train": 5864, "test": 5924}, "cars": {"train": 8054, "test": 8131},  # images
-          "sop": {"train": 59551, "test": 60502}}
-LAST_TRAINING = {"cub": 100, "cars": 98, "sop": 11318}  # class ids up to it train, those above it test
-LAYOUTS = {"cub": "images.txt, images/<class>/*.jpg", "sop": "Ebay_train.txt, Ebay_test.txt, *_final/*.JPG",
-           "cars": "cars_annos.mat (needs pip install scipy), car_ims/*.jpg, or anno_train.csv, "
-                   "anno_test.csv, names.csv, car_data/car_data/{train,test}/<class name>/*.jpg"}
-BLOCK = 200  # images of an epoch, in order, that are each other's partners in mixup
-RATIO = (3 / 4, 4 / 3)  # of a crop's sides
-COLOURS = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # least, most brightness, contrast, saturation, hue
-VIEW = np.dtype([("image", int), ("partner", int), ("weight", float),  # of mixup; by place in the epoch
-                 ("crop", float, (10, 4)), ("flip", bool),  # area, ratio, top and left of ten attempts
-                 ("factors", float, 4), ("order", int, 4)], align=True)  # of the colour operations
-PROCESSES = {"rank": 0, "count": 1}  # of a program under torchrun; who imports these functions is alone
-WORKERS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # one a core
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
 
-def read_image(path, most=math.inf):
-    """An RGB PIL image as a viewer shows it, shrunk to `most` pixels. ValueError names what is none."""
-    def sides(image, pixels):
-        return [int(side * min(1, (pixels / image.width / image.height) ** 0.5)) for side in image.size]
+
+class UserError(ValueError):
+    """What the user can mend: missing data, an impossible option. A program ends with its text."""
+
+
+# -------------------------------------------------------------------------------- reading images
+
+TURNS = {  # by the EXIF entry Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path, max_pixels=None):
+    """The RGB image that a viewer shows; one of more than max_pixels is shrunk while it is decoded.
+
+    Raises UserError, which names the file, for what cannot be read.
+    """
     try:
         with Image.open(path) as file:
-            refuse(math.prod(file.size) > Image.MAX_IMAGE_PIXELS, "a decompression bomb")
-            file.draft(None, sides(file, 4 * most))  # a JPEG partly while it is decoded
-            image = as_rgb(ImageOps.exif_transpose(file))
-            image.thumbnail(sides(image, most), Image.LANCZOS)
-            return image
+            turn = TURNS.get(file.getexif().get(0x0112))
+            shrink = min(1, ((max_pixels or np.inf) / (file.width * file.height)) ** 0.5)
+            size = [max(1, round(side * shrink)) for side in file.size]
+            if shrink < 1:
+                file.draft(None, [2 * side for side in size])  # JPEG decodes at 1/2, 1/4 or 1/8
+            image = to_rgb(file)
+        if shrink < 1:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow raises a dozen kinds
-        raise ValueError(f"{path} cannot be read as an image ({error!r:.200})") from error
+        raise UserError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
-def as_rgb(image):  # a PIL image of any mode: transparency on white, 16 bit scaled to 8
-    if image.mode.startswith("I"):  # 16-bit grey, under its several names
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB: transparency on white, deeper grey scaled to 8 bits."""
+    if image.mode[0] in "IF":
+        grey = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            white = 1 if grey.max() <= 1 else 255
+        else:  # "I" also holds 16-bit files
+            white = 65535 if grey.max() <= 65535 else 2**31 - 1
+        image = Image.fromarray((grey / white * 255).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+
+def list_images(folder):
+    """Paths of the images anywhere below a folder, sorted, without hidden files and folders."""
+    Image.init()
+    drawn_by_others = {
+        "BUFR",
+        "EPS",
+        "GRIB",
+        "HDF5",
+        "MPEG",
+        "WMF",
+    }  # that Pillow knows by name only
+    formats = set(Image.OPEN) - drawn_by_others
+    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
+    paths = []
+    for parent, folders, files in os.walk(folder):  # does not follow links to folders
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = os.path.join(parent, name)
+            hidden = name.startswith(".")
+            if not hidden and Path(name).suffix.lower() in suffixes and os.path.isfile(path):
+                paths.append(path)
+    return sorted(paths)
+
+
 def evaluation_crop(image, size):
-    """Both sides times size*8/7 over the shorter one, rounded (Lanczos); the centre of that, size x size."""
+    """The centre of a PIL image whose shorter side is resized to size * 8/7 (Sec. 4).
+
+    In one step, so that an image of 65,000 x 1 px never becomes large.
+    """
     scale = size * 8 / 7 / min(image.size)
-    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
-    return TF.center_crop(image, [size, size])
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (round((side - size) / 2) for side in (width, height))
+    x, y = image.width / width, image.height / height  # px of the image to one of the resized
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
 
 def evaluation_transform(size):
-    """The transform of Sec. 4: PIL image of any mode -> (3,size,size) float, ImageNet-normalised."""
-    return lambda image: normalize(TF.pil_to_tensor(evaluation_crop(as_rgb(image), size)) / 255)
+    """Sec. 4: a function from a PIL image of any mode to (3, size, size), ImageNet-normalised."""
+    return partial(_evaluation_transform, size=size)
 
-def normalize(images):  # (...,3,H,W) float in [0,1] -> ImageNet-normalised, in place
-    for channel, mean, std in zip(images.unbind(-3), MEAN, STD):
+
+def _evaluation_transform(image, size):  # named, so that spawned workers can be given it
+    return normalize(TF.pil_to_tensor(evaluation_crop(to_rgb(image), size)) / 255)
+
+
+def normalize(images):
+    """(..., 3, H, W) float in [0, 1] -> ImageNet-normalised, in place."""
+    for channel, mean, std in zip(images.unbind(-3), MEAN, STD, strict=True):
         channel.sub_(mean).div_(std)
     return images
 
-class ImageSet:
-    """Images with class labels: `.labels` (list of int), `.paths` (list of str; None where drawn), `len`."""
-    def __init__(self, labels, paths=None, images=None, lenient=False):
-        self.labels, self.paths, self._images, self.lenient = list(labels), paths, images, lenient
+
+# ------------------------------------------------------------------------------------- data sets
+
+DOWNLOADS = {  # url, md5
+    "cub": (
+        "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+        "97eceeb196236b17998738112f37df78",
+    ),
+    "sop": (
+        "http://ftp.cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip",
+        "7f73d41a2f44250d4779881525aea32e",
+    ),
+}
+COUNTS = {  # images of the published split, by which a copy is checked
+    "cub": {"train": 5864, "test": 5924},
+    "cars": {"train": 8054, "test": 8131},
+    "sop": {"train": 59551, "test": 60502},
+}
+LAST_TRAINING_CLASS = {"cub": 100, "cars": 98, "sop": 11318}  # the classes after it are for testing
+LAYOUTS = {
+    "cub": "images.txt and images/<class>/*.jpg",
+    "sop": "Ebay_train.txt, Ebay_test.txt and *_final/*.JPG",
+    "cars": "cars_annos.mat (needs pip install scipy) and car_ims/*.jpg, or anno_train.csv, "
+    "anno_test.csv, names.csv and car_data/car_data/{train,test}/<class name>/*.jpg",
+}
+
+
+class ImageDataset(Dataset):
+    """Images: dataset[i] is image i, PIL and RGB.
+
+    paths     files; [] for drawn images, which are given as images, uint8 (N, H, W, 3)
+    labels    a list of ints, one for each image, or None for images without labels
+    classes   of a folder with a sub-folder for each class: the name of each label
+    """
+
+    def __init__(self, paths=(), labels=None, images=None, classes=()):
+        self.paths = list(paths)
+        self.labels = None if labels is None else list(labels)
+        self.images = images
+        self.classes = list(classes)
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.paths) if self.images is None else len(self.images)
 
-    def image(self, i, most=math.inf):
-        """Image i, PIL RGB, shrunk to `most` pixels."""
-        return read_image(self.paths[i], most) if self.paths else Image.fromarray(self._images[i])
+    def __getitem__(self, i):
+        return self.read(i)
 
-    def __getitem__(self, key):  # of a worker: uint8 (3,H,W), None if unreadable and lenient
-        i, most, size = key  # size: of the evaluation crop, 0 for the whole image
-        try:
-            image = self.image(i, most)
-            return TF.pil_to_tensor(evaluation_crop(image, size) if size else image)
-        except ValueError:
-            if not self.lenient:
-                raise
+    def read(self, i, max_pixels=None):
+        """Image i, shrunk to max_pixels. Raises UserError if it cannot be read."""
+        if self.images is not None:
+            return Image.fromarray(self.images[i])
+        return read_image(self.paths[i], max_pixels)
 
-def load_dataset(name, root=None, split="train", check=True):
-    """An ImageSet: "cub", "cars", "sop" (in any case), "synthetic", or class folders in `root`, or `name`.
-    split: "train", "test" (other classes), "fit" or "val" (halves of the training classes). check: hold their
-    number to the published one. Raises ValueError, which says what is expected.
+    def subset(self, rows):
+        """The data set of some of its images."""
+        other = copy.copy(self)
+        other.paths = [self.paths[i] for i in rows] if self.paths else []
+        other.labels = None if self.labels is None else [self.labels[i] for i in rows]
+        other.images = None if self.images is None else self.images[rows]
+        return other
+
+
+def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
+    """An ImageDataset: "cub", "cars", "sop" (in `root`), "synthetic", or a folder (`root`, `name`).
+
+    split       "train" or "test", of other classes; "fit" and "val", the halves of the training
+                classes, are for choosing settings
+    unlabelled  any folder of photographs: every tenth by name is "test". A folder with images
+                directly in it is always taken so; any other has a sub-folder for each class
+    training_classes  names of a folder's classes that train; by default the first half of them
+
+    Raises UserError, which says what is expected.
     """
-    known, part = name.lower(), {"train": "train", "fit": "train", "val": "train", "test": "test"}[split]
+    known = name.lower()
     if known == "synthetic":
-        rows = list(zip(*synthetic(part)))  # of images, or else paths, and classes
+        dataset, training = draw_eggs("test" if split == "test" else "train"), None
     elif known in COUNTS:
-        rows = _half(_published(known, root or "."), part == "test", LAST_TRAINING[known])
+        dataset = load_published(known, root or ".")
+        training = {label for label in dataset.labels if label <= LAST_TRAINING_CLASS[known]}
     else:
-        folders = enumerate(sorted(Path(root or name).glob("*")))
-        rows = [(path, label) for label, folder in folders for path in list_images(folder, "*")]
-        rows = _half(rows, part == "test")
-    missing = [path for path, _ in rows if known in COUNTS and not os.path.isfile(path)]
-    expected = COUNTS[known][part] if check and known in COUNTS else len(rows)
-    refuse(missing or len(rows) != expected, f"{name} in {root}: {len(rows)} of {expected} {part} images are "
-           f"listed, {len(missing)} of them missing {', '.join(missing[:3])}")
-    rows = rows if split == part else _half(rows, split == "val")
-    refuse(not rows, f"no {split} images in {root or name}: one sub-folder of images per class, at least 2, "
-           "is expected (or the name cub, cars, sop, synthetic)")
-    images, labels = map(list, zip(*rows))
-    return ImageSet(labels, images=images) if known == "synthetic" else ImageSet(labels, images)
+        folder = root or name
+        if unlabelled or has_images_directly(folder):
+            return load_photographs(folder, split)
+        dataset = load_class_folders(folder)
+        if training_classes is None:
+            training_classes = first_half(dataset.classes)
+        training = {dataset.classes.index(c) for c in training_classes if c in dataset.classes}
+    if training is not None:
+        dataset = select_classes(dataset, training, inside=split != "test")
+    if known in COUNTS:
+        check_published(known, root, dataset, "test" if split == "test" else "train")
+    if split in ("fit", "val"):
+        fit = first_half(sorted(set(dataset.labels)))
+        dataset = select_classes(dataset, set(fit), inside=split == "fit")
+    if not len(dataset):
+        raise UserError(
+            f"no {split} images in {root or name}: a sub-folder of images for each of at least 2 "
+            "classes is expected, or one of the names cub, cars, sop and synthetic"
+        )
+    return dataset
 
-def settle_dataset(name, root, inherited):
-    """(name, absolute root): a known set in lower case or "folder"; what is not said is as in `inherited`."""
-    if name and name.lower() not in (*COUNTS, "synthetic"):
-        name, root = "folder", root or name
-    name = (name or inherited.get("dataset") or "").lower()
-    refuse(not name, "--dataset is missing: the teacher does not say on which it was trained")
-    refuse(root and name == "synthetic", "--root needs --dataset: which one is there?")
-    root = root or name == inherited.get("dataset") and inherited.get("root") or None
-    return name, root and os.path.abspath(root)
 
-def _half(rows, second, last=None):  # of classes above `last` (else the middle one) if second, else the rest
-    last = last or np.median([*{label for _, label in rows}] or [0])
-    return [row for row in rows if (row[1] > last) == second]
+def first_half(names):
+    return names[: (len(names) + 1) // 2]
 
-def _published(name, root):  # rows (path, class) of a published set, as its files in `root` say
-    top = os.path.join(root, Path(DOWNLOADS.get(name, ".")[0]).stem)  # the archive's own folder
-    root = top if os.path.isdir(top) else root
-    def entries(file, pattern):
-        return re.findall(pattern, Path(root, file).read_text("utf-8-sig", "replace"), re.MULTILINE)
+
+def select_classes(dataset, labels, inside):
+    rows = [i for i, label in enumerate(dataset.labels) if (label in labels) == inside]
+    return dataset.subset(rows)
+
+
+def has_images_directly(folder):
+    return any(os.path.dirname(path) == os.path.normpath(folder) for path in list_images(folder))
+
+
+def load_photographs(folder, split):
+    """A folder in any arrangement, without labels: every tenth image by name is for testing."""
+    paths = list_images(folder)
+    if split not in ("train", "test"):
+        raise UserError("validation needs classes: these images have no labels")
+    if len(paths) < 20:
+        raise UserError(f"{folder} holds {len(paths)} images: at least 20 are needed")
+    return ImageDataset(
+        [path for i, path in enumerate(paths) if (i % 10 == 0) == (split == "test")]
+    )
+
+
+def load_class_folders(folder):
+    """A sub-folder for each class, with images anywhere below it."""
+    by_class = {}
+    for path in list_images(folder):
+        by_class.setdefault(Path(path).relative_to(folder).parts[0], []).append(path)
+    classes = sorted(by_class)
+    paths = [path for name in classes for path in by_class[name]]
+    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
+    return ImageDataset(paths, labels, classes=classes)
+
+
+def load_published(name, root):
+    """All images of CUB200, Cars196 or SOP, as the files that come with them list them."""
+    archive = Path(DOWNLOADS[name][0]).stem if name in DOWNLOADS else ""  # has a folder at its top
+    if os.path.isdir(os.path.join(root, archive)):
+        root = os.path.join(root, archive)
+    read_lines = {"cub": read_cub, "sop": read_sop, "cars": read_cars}[name]
     try:
-        if name == "cub":  # 1 001.Black_footed_Albatross/x.jpg
-            rows = [(f"images/{path}", n) for path, n in entries("images.txt", r"^\d+ ((\d+)\..*\S)")]
-        elif name == "sop":  # image_id class_id super_class_id path, after a header
-            lists = [entries(f"Ebay_{part}.txt", r"^\d+ (\d+) \d+ (.*\S)") for part in ("train", "test")]
-            rows = [(path, n) for n, path in sum(lists, [])]
-        elif os.path.isfile(os.path.join(root, "anno_train.csv")):  # file,x1,y1,x2,y2,class
-            names = ["", *(x.replace("/", "-") for x in entries("names.csv", r'^"?(.*[^"\s])'))]
-            rows = [(f"car_data/car_data/{part}/{names[int(n)]}/{file}", n) for part in ("train", "test")
-                    for file, n in entries(f"anno_{part}.csv", r"^(.+?),.*,(\d+)")]
-        else:
-            from scipy.io import loadmat  # optional
-            table = loadmat(os.path.join(root, "cars_annos.mat"), squeeze_me=True)["annotations"]
-            rows = table[["relative_im_path", "class"]].tolist()
-        return [(f"{root}/{path}", int(n)) for path, n in rows]
-    except Exception as error:  # a damaged file leads to a dozen kinds
-        raise ValueError(f"{name} cannot be read in --root {root} ({error!r:.200}): "
-                         f"{LAYOUTS[name]} is expected") from error
+        paths, labels = zip(*read_lines(Path(root)), strict=True)
+    except Exception as error:  # missing, damaged, of another kind: each raises its own
+        raise UserError(
+            f"{name} cannot be read in {root} ({error!r:.200}): {LAYOUTS[name]} are expected there"
+        ) from error
+    return ImageDataset([os.path.join(root, path) for path in paths], map(int, labels))
 
-def list_images(root, pattern="**/*"):
-    """Image files under a folder, sorted; links to folders are not followed, so a loop cannot hang."""
-    return sorted(str(path) for path in Path(root).glob(pattern) if path.suffix.lower() in SUFFIXES)
 
-@functools.lru_cache
-def synthetic(part):
-    """Drawn eggs: (N,80,80,3) uint8 and N labels, 120 classes x 8 ("train") or 60 others x 16 ("test").
-    A class is the stripes of its yolk, white and shell, plain at 64 px, while 32 hardly hold the finer ones.
+def read_cub(root):  # 1 001.Black_footed_Albatross/x.jpg
+    lines = (root / "images.txt").read_text().splitlines()
+    for path in (line.split(maxsplit=1)[1].strip() for line in lines if line.strip()):
+        yield f"images/{path}", path.split(".")[0]
+
+
+def read_sop(root):  # image_id class_id super_class_id path, below a header
+    for file in ("Ebay_train.txt", "Ebay_test.txt"):
+        for line in (root / file).read_text().splitlines()[1:]:
+            _, label, _, path = line.split(maxsplit=3)
+            yield path.strip(), label
+
+
+def read_cars(root):
+    if not (root / "anno_train.csv").exists():
+        from scipy.io import loadmat  # optional
+
+        table = loadmat(root / "cars_annos.mat", squeeze_me=True)["annotations"]
+        yield from table[["relative_im_path", "class"]].tolist()
+        return
+    lines = (root / "names.csv").read_text().splitlines()
+    folders = [line.strip().strip('"').replace("/", "-") for line in lines]
+    for part in ("train", "test"):
+        for line in (root / f"anno_{part}.csv").read_text().splitlines():
+            if line.strip():  # file,x1,y1,x2,y2,class
+                file, *_, label = line.split(",")
+                yield f"car_data/car_data/{part}/{folders[int(label) - 1]}/{file}", label
+
+
+def check_published(name, root, dataset, split):
+    """Raise UserError where images of the published split are not there."""
+    missing = [path for path in dataset.paths if not os.path.isfile(path)]
+    if missing or len(dataset) != COUNTS[name][split]:
+        raise UserError(
+            f"{name} in {root}: {len(dataset)} of {COUNTS[name][split]} {split} images are listed, "
+            f"{len(missing)} of them are missing {', '.join(missing[:3])}"
+        )
+
+
+def keep_readable(dataset, workers=0):
+    """The data set without the images that cannot be read, which are named once and counted.
+
+    Raises UserError where fewer than nine of ten can be read.
     """
-    draw = torch.Generator().manual_seed(0)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, generator=draw)
-    angles = np.pi * (torch.arange(180)[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
-    periods = uniform(0.12, 0.15, 180, 3)  # of half the side of the image
-    families = uniform(0.05, 0.95, 6, 2, 3)  # dark and light colour of each
-    first, classes, each = (0, 120, 8) if part == "train" else (120, 60, 16)
-    labels = torch.arange(first, first + classes).repeat_interleave(each)
-    draw.manual_seed(1 + classes)
-    images = [_eggs(angles[some], periods[some], families[some % 6], uniform) for some in labels.split(60)]
-    return np.concatenate(images), labels.tolist()
+    if dataset.images is not None:
+        return dataset
+    checks = DataLoader(
+        Readable(dataset), batch_size=64, num_workers=workers, worker_init_fn=ignore_ctrl_c
+    )
+    errors = [error for batch in checks for error in batch]
+    rows = [i for i, error in enumerate(errors) if not error]
+    say(*filter(None, errors[:1000]))
+    if len(rows) < len(dataset):
+        say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be read and are left out")
+    if len(rows) < 0.9 * len(dataset):
+        raise UserError(f"only {len(rows)} of {len(dataset)} images can be read")
+    return dataset.subset(rows) if len(rows) < len(dataset) else dataset
 
-def _eggs(angles, periods, colours, uniform):  # (n,80,80,3) of stripes (n,3) in two colours (n,2,3)
-    n, axis = len(angles), (torch.arange(160) + 0.5) / 80 - 1  # drawn at twice the size
-    one = lambda low, high: uniform(low, high, n, 1, 1)
-    noise = lambda side: F.interpolate(uniform(0, 1, n, 3, side, side), size=(80, 80), mode="bicubic")
-    halved = lambda field: F.avg_pool2d(field, 2)[:, None]  # (n,160,160) -> (n,1,80,80)
-    x, y = axis - one(-0.12, 0.12), axis[:, None] - one(-0.12, 0.12)
-    tilt, scale, side = one(-0.015, 0.015), one(0.95, 1.05), torch.where(one(0, 1) < 0.5, -1.0, 1.0)
-    x, y = side * (x * tilt.cos() + y * tilt.sin()) / scale, (y * tilt.cos() - x * tilt.sin()) / scale
-    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # (n,160,160), 1 on the outline
-    stripes, angles, periods = torch.zeros_like(radius), angles[..., None, None], periods[..., None, None]
-    for field, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each over the last
-        phase = (x * angles[:, field].cos() + y * angles[:, field].sin()) / periods[:, field] + one(0, 1)
-        wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
-        stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
-    stripes = 0.5 + (stripes - 0.5) * one(0.9, 1.8)  # from soft to bold
-    dark, light = (colours + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)[..., None, None].unbind(1)
-    egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, halved(stripes))
-    egg = egg * (1.08 - 0.3 * halved(radius.square())).clamp(min=0.2)  # a shade, and noise
-    egg = egg + 0.4 * ((noise(5) + noise(11)) / 2) - 0.2
-    litter = (noise(5) + noise(11) + noise(40)) / 3
-    litter = 0.15 + 0.7 * torch.lerp(litter, litter.mean(1, keepdim=True), 0.4)
-    scene = torch.lerp(litter, egg, halved(((1 - radius) * 40).sigmoid())) * uniform(0.75, 1.2, n, 1, 1, 1)
-    scene += 0.03 * (uniform(0, 1, n, 3, 80, 80) - 0.5)
-    return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-def decoder(dataset, workers=0, device="cpu"):  # decode(keys): iterates over uint8 images (3,H,W)
-    keys = []  # what the workers get
-    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers,
-                        persistent_workers=workers > 0, worker_init_fn=_ignore_ctrl_c,
-                        pin_memory=torch.device(device).type == "cuda")
-    def decode(wanted):
-        keys[:] = wanted
-        return iter(loader)
-    return decode
+class Readable(Dataset):
+    """What is wrong with an image, or "": decoded as small as its format can."""
 
-def _ignore_ctrl_c(_):  # it is the main process's affair
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            self.dataset.read(i, max_pixels=1)
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+# ------------------------------------------------------------ decoding, in the worker processes
+
+
+class DecodedImages(Dataset):
+    """Image i of a data set as uint8 (3, H, W), shrunk to max_pixels."""
+
+    def __init__(self, dataset, max_pixels=None):
+        self.dataset, self.max_pixels = dataset, max_pixels
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        if isinstance(self.dataset, ImageDataset):
+            return TF.pil_to_tensor(self.dataset.read(i, self.max_pixels))
+        return TF.pil_to_tensor(to_rgb(self.dataset[i]))
+
+
+def decoding_loader(dataset, batches, max_pixels, workers, device):
+    """A DataLoader that decodes images by lists of indices; `to_images` unpacks what it gives."""
+    return DataLoader(
+        DecodedImages(dataset, max_pixels),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=pack_images,
+        pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=ignore_ctrl_c,
+    )
+
+
+def pack_images(images):
+    """Images (3, H, W) of any sizes as one tensor, for one transfer, and their heights and widths.
+
+    Channels lie last in memory, as Pillow has them: a CPU resizes that almost twice as fast.
+    """
+    pixels = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
+    return pixels, [tuple(image.shape[1:]) for image in images]
+
+
+def to_images(packed, device):
+    """What `pack_images` packed as a list of images on the device."""
+    pixels, sizes = packed
+    pixels = pixels.to(device, non_blocking=True, copy=True)  # a copy lets shared memory go
+    parts = pixels.split([3 * height * width for height, width in sizes])
+    return [part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, sizes, strict=True)]
+
+
+def ignore_ctrl_c(worker):
+    """A worker ends with the main process, which alone answers Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-def evaluation_batches(decode, rows, parts, size, device):
-    """For each slice of image numbers `rows`: the places of the readable ones, and images (b,3,size,size)."""
-    decoded = decode([(int(i), math.inf, size) for part in parts for i in rows[part]])
-    for part in parts:  # zip asks the range first, so that it takes no image too many
-        found = [(i, image) for i, image in zip(range(part.start, part.stop), decoded) if image is not None]
-        if found:
-            places, images = zip(*found)
-            yield list(places), normalize(torch.stack(images).to(device, non_blocking=True) / 255)
 
-def seeded(*numbers, device="cpu"):  # a torch.Generator for (seed, epoch, purpose), say
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(seed >> 1))
+def most_pixels_needed(size, min_scale):
+    """Pixels of an image from which on each of its random crops is shrunk to size x size px."""
+    return size**2 / (min_scale * CROP_RATIO[0])
 
-def draw_views(count, copies, *seed):  # what is random in an epoch of images: (count * copies,) records
-    draws = np.recarray(count * copies, VIEW)
-    for start in range(0, count, BLOCK):
-        n, random = min(BLOCK, count - start), np.random.default_rng((*seed, start))
-        own, block = np.arange(n).repeat(copies), draws[start * copies:(start + n) * copies]
-        block.image = start + own
-        block.partner = start + (own + 1 + random.integers(max(1, n - 1), size=own.shape)) % n  # another one
-        block.crop = random.random(block.crop.shape)
-        block.flip = random.random(own.shape) < 0.5
-        block.factors = random.uniform(*COLOURS, block.factors.shape)
-        block.order = random.permuted(np.tile(np.arange(4), (len(own), 1)), axis=1)
-        block.weight = random.beta(0.2, 0.2, own.shape)
-    return draws
 
-def crop_box(attempts, height, width, least):  # RandomResizedCrop's (top, left, height, width) of a frame
-    for area, ratio, top, left in attempts:  # the first that fits
-        area = height * width * (least + (1 - least) * area)
-        ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
-        h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
-        if 1 <= h <= height and 1 <= w <= width:
-            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-    h, w = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))  # else the centre
-    return (height - h) // 2, (width - w) // 2, h, w
+class EpochSampler(Sampler):
+    """An epoch's images: at most epoch_size, drawn anew, of which each process takes its share."""
 
-def crop_one_by_one(images, boxes, flip, size):
-    """V uint8 images (3,H,W), V boxes, flip (V,) -> (V,3,size,size) float in [0,255]: fast on a CPU."""
-    parts = [image[None, :, top:top + h, left:left + w] for image, (top, left, h, w) in zip(images, boxes)]
-    crops = torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
-    crops[flip] = crops[flip].flip(-1)
-    return crops.float()
+    def __init__(self, count, epoch_size=None, seed=1234):
+        self.count, self.seed, self.epoch = count, seed, 0
+        self.epoch_size = min(count, epoch_size or count)
 
-def crop_by_products(images, boxes, flip, size, kind=torch.float16):
-    """The same for a GPU, not rounded: rows @ image @ columns^T in `kind` (in half, weights to 2^-11)."""
-    (H, W), device = (max(image.shape[side] for image in images) for side in (1, 2)), images[0].device
-    frames = torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images])
-    box = torch.tensor(boxes).T.to(device, torch.float32, non_blocking=True)[..., None, None]
-    start, length = box[:2], box[2:]  # (2,V,1,1): of rows, of columns
-    place = torch.arange(max(H, W), device=device) + 0.5 - start  # (2,V,1,max(H,W)): in the crop
-    centre = (torch.arange(size, device=device)[:, None] + 0.5) * (length / size)  # (2,V,size,1)
-    weights = (1 - (place - centre).abs() / (length / size).clamp(min=1)).clamp(min=0)  # a triangle
-    weights = weights * ((place > 0) & (place < length))  # antialiased bilinear
-    rows, columns = (weights / weights.sum(-1, keepdim=True))[:, :, None].to(kind)  # (V,1,size,...)
-    flip = torch.tensor(flip).to(device, non_blocking=True)[:, None, None, None]
-    columns = torch.where(flip, columns.flip(2), columns)
-    return (rows[..., :H] @ frames.to(kind) @ columns[..., :W].mT).float()
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-def jitter(x, factors, order):
-    """ColorJitter of (V,...,3,h,w) in [0,1]: each view by its own (V,4) numpy factors, in its own order."""
-    place = np.arange(len(x))  # which view a row of x is: those of one operation are brought together
-    for turn in range(4):
-        together = order[place, turn].argsort(kind="stable")
-        x, place = x[torch.tensor(together).to(x.device, non_blocking=True)], place[together]
-        operations = order[place, turn]
-        factor = torch.tensor(factors[place, operations]).to(x, non_blocking=True)
-        ends = operations.searchsorted(range(5))  # known on the host: no device is waited for
-        for operation, start, stop in zip(range(4), ends, ends[1:]):
-            _colour(x[start:stop], factor[start:stop].view(-1, *[1] * (x.ndim - 1)), operation)
-    return x[torch.tensor(place.argsort()).to(x.device, non_blocking=True)]
-
-def _colour(x, factor, operation):  # in place: (v,...,3,h,w) in [0,1], (v,...,1,1,1)
-    red, green, blue = x.unbind(-3)
-    if operation == 0:  # brightness
-        x.mul_(factor).clamp_(0, 1)
-    elif operation < 3:  # contrast, saturation
-        grey = (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
-        grey = grey.mean((-2, -1), keepdim=True) if operation == 1 else grey
-        x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
-    else:  # hue
-        low, high = x.amin(-3), x.amax(-3)
-        chroma, mask = high - low, torch.empty_like(low)  # of floats: bools take ten times as long
-        hue = (red - green).add_(chroma, alpha=4)  # where blue is highest
-        hue.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(green, high, out=mask))
-        hue.lerp_(green - blue, torch.eq(red, high, out=mask))
-        hue.div_(chroma.clamp_(min=1e-12)).add_(6 * factor.squeeze(-3))  # in sixths of the circle
-        hue -= (hue / 6).floor_().mul_(6)
-        for channel, centre, start, sign in ((red, 3, low, 1), (green, 2, high, -1), (blue, 4, high, -1)):
-            ramp = (hue - centre).abs_().sub_(1).clamp_(0, 1)
-            torch.addcmul(start, chroma, ramp, value=sign, out=channel)
-
-class Views:
-    """Random views of images: per batch one (B,A,3,size,size) float tensor a size, normalised, on `device`.
-    A view is one draw, the same at all `sizes`: a crop of `least` to all of the area, a flip and, if asked,
-    jitter and mixup with another image of its block, put through the same draw. It depends on seed, epoch
-    and block only. Each image is decoded once an epoch. Each iteration is the next epoch.
-    """
-    def __init__(self, dataset, sizes, copies=1, batch_size=8, least=0.08, jitter=False, mixup=False,
-                 workers=0, device="cpu", seed=1234):
-        self.sizes, self.copies, self.least, self.jitter, self.K = sizes, copies, least, jitter, 1 + mixup
-        self.length, self.batch_size, self.seed, self.next_epoch = len(dataset), batch_size, seed, 0
-        self.device, self.decode = torch.device(device), decoder(dataset, workers, device)
-        self.most = max(sizes) ** 2 / (least * RATIO[0])  # pixels from which on every crop is shrunk
+    def __len__(self):
+        return self.epoch_size // process_count()
 
     def __iter__(self):
-        order = torch.randperm(self.length, generator=seeded(self.seed, self.next_epoch))
-        self.next_epoch += 1
-        parts = [slice(i, i + self.batch_size) for i in range(0, self.length, self.batch_size)]
-        return self.epoch(self.next_epoch - 1, order, parts)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        order = order[: len(self) * process_count()]  # equally many for each process
+        return iter(order[process_rank() :: process_count()].tolist())
 
-    def epoch(self, number, order, parts):
-        """Views of an epoch's images, `order` (n,): of one slice of it after another, `parts`, ascending."""
-        draws, A = draw_views(len(order), self.copies, self.seed, number), self.copies
-        block = BLOCK if self.K > 1 else 1  # what has to be decoded around an image
-        blocks = {i // block for part in parts for i in range(part.start, part.stop)}
-        places = [i for i in range(len(order)) if i // block in blocks]
-        images, decoded = {}, self.decode([(int(order[i]), self.most, 0) for i in places])
-        for part in parts:
-            images = {i: images[i] for i in images if i // block >= part.start // block}
-            while places and places[0] < part.stop + block - 1:  # the part's last block, at an even flow
-                images[places.pop(0)] = next(decoded).to(self.device, non_blocking=True, copy=True)
-            some = draws[part.start * A:part.stop * A]
-            frames = [images[i] for pair in zip(some.image, some.partner) for i in pair[:self.K]]
-            crops = zip(some.crop.repeat(self.K, axis=0), frames)
-            boxes = [crop_box(crop, *frame.shape[1:], self.least) for crop, frame in crops]
-            views = (self._render(some, frames, boxes, size) for size in self.sizes)
-            yield tuple(x.unflatten(0, (-1, A)) for x in views)
 
-    def _render(self, draws, frames, boxes, size):  # views (V,3,size,size), made a few at a time
-        crop, count, K, views = crop_one_by_one, 2 ** 17 // size ** 2, self.K, []
-        if self.device.type != "cpu":
-            crop, count = crop_by_products, 2 ** 26 // max(size, *(max(x.shape) for x in frames)) ** 2
-        for v in range(0, len(draws), count := max(1, count)):
-            some, of = draws[v:v + count], slice(v * K, (v + count) * K)
-            x = crop(frames[of], boxes[of], some.flip.repeat(K), size).div_(255).unflatten(0, (-1, K))
-            if self.jitter:  # (v,K,3,s,s)
-                x = jitter(x, some.factors, some.order)
-            if K > 1:
-                weight = torch.tensor(some.weight).to(x, non_blocking=True)[:, None, None, None, None]
-                x = torch.lerp(x[:, 1:], x[:, :1], weight)
-            views.append(normalize(x[:, 0]))
-        return torch.cat(views)
+# --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
 
-def distillation_loader(dataset, student_size, teacher_size, copies=8, batch_size=8, mixup=True, workers=0,
-                        device="cpu", seed=1234, least=0.08):
-    """Coupled views (see Views): iterating yields (student (B,A,3,s,s), teacher (B,A,3,t,t)) of an epoch."""
-    return Views(dataset, (student_size, teacher_size), copies, batch_size, least, True, mixup, workers,
-                 device, seed)
+CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a crop
+COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contrast, saturation, hue
+POOL_SIZE = 200  # images from which mixup's partners come
 
-def run_command(main):  # a mistake of the user, or of the machine, ends in one sentence and exit code 2
-    PROCESSES.update(rank=int(os.environ.get("RANK", 0)), count=int(os.environ.get("WORLD_SIZE", 1)))
-    if PROCESSES["rank"]:
-        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-    try:
-        main()
-        add_up(torch.zeros(1))  # process 0 has its table still to make
-        return distributed.is_initialized() and distributed.destroy_process_group()
-    except KeyboardInterrupt as stop:
-        code, say = 130, f"\n{str(stop) or 'interrupted'}"
-    except torch.OutOfMemoryError:
-        code, say = 2, "error: out of GPU memory: training goes on with a lower --forward, else --device cpu"
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback
-        code, say = 2, f"error: {re.sub(r'^[A-Za-z.]*Error: ', '', sentence)}"
-    if PROCESSES["rank"] == 0 or (code == 2 and distributed.is_initialized()):  # until then all say the same
-        print(say, file=sys.stderr, flush=True)
-    sys.exit(code)
 
-def refuse(wrong, sentence):  # what is wrong, by a ValueError with the sentence
-    if wrong:
-        raise ValueError(sentence)
+def distillation_loader(
+    dataset,
+    student_size,
+    teacher_size,
+    views=8,
+    batch_size=8,
+    mixup=True,
+    workers=0,
+    device="cpu",
+    seed=1234,
+    min_scale=0.08,
+    epoch_size=None,
+):
+    """Coupled views of images without labels (Sec. 3.3), in batches for student and teacher.
 
-def add_up(*tensors):  # each over the processes of a program, in place: the same sum in all
-    if PROCESSES["count"] == 1:
-        return
-    try:
-        if not distributed.is_initialized():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dataset     an ImageDataset, or anything with a `len` whose items are PIL images
+    views       A, the number of views of an image
+    mixup       mix each view with the same view of one of the last 200 images
+    min_scale   smallest share of an image's area in a crop
+    epoch_size  most images of an epoch, drawn anew for each
+
+    Yields (student (B, A, 3, s, s), teacher (B, A, 3, t, t)), float and normalised, on `device`:
+    the same views at two sizes, s = student_size and t = teacher_size in px. They depend on seed
+    and epoch: call `set_epoch(epoch)` before each epoch, as with a DistributedSampler.
+    """
+    sampler = EpochSampler(len(dataset), epoch_size, seed)
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    max_pixels = most_pixels_needed(max(student_size, teacher_size), min_scale)
+    loader = decoding_loader(dataset, batches, max_pixels, workers, device)
+    return CoupledViews(
+        loader, sampler, student_size, teacher_size, views, mixup, min_scale, device
+    )
+
+
+class CoupledViews:
+    """The batches of `distillation_loader`."""
+
+    def __init__(
+        self, loader, sampler, student_size, teacher_size, views, mixup, min_scale, device
+    ):
+        self.loader, self.sampler, self.device = loader, sampler, device
+        self.student_size, self.teacher_size = student_size, teacher_size
+        self.views, self.mixup, self.min_scale = views, mixup, min_scale
+
+    def set_epoch(self, epoch):
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, process_rank()))
+        pool = []
+        for packed in self.loader:
+            images = to_images(packed, self.device)
+            pool = (pool + images)[-POOL_SIZE:]
+            draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
+            yield (
+                render_views(images, draws, self.student_size),
+                render_views(images, draws, self.teacher_size),
+            )
+
+
+class Draws(NamedTuple):
+    """All that is random in the V = B x A views of a batch of images, whatever the size in px."""
+
+    boxes: list  # V crops of the images: top, left, height, width
+    flips: torch.Tensor  # (V,) bool
+    factors: torch.Tensor  # (V, 4) of the colour operations
+    order: list  # of the four operations, one for the batch
+    partners: list  # V images (3, H, W) for mixup; none without
+    partner_boxes: list  # V crops of the partners
+    weights: torch.Tensor  # (V,) of the image beside its partner
+
+
+def sample_views(images, pool, views, min_scale, mixup, rng):
+    """Draw `views` views of each of B images (3, H, W); a partner is any other image of the pool.
+
+    The pool ends with the images themselves. A partner's crop comes from the same random numbers as
+    the image's, in the partner's own frame; flip and colours are the same. rng: numpy's Generator.
+    """
+    count = len(images) * views
+    attempts = rng.random((count, 10, 4)).tolist()
+    flips = torch.from_numpy(rng.random(count) < 0.5)
+    factors = torch.from_numpy(rng.uniform(*COLOR_RANGE, (count, 4))).float()
+    order = rng.permutation(4).tolist()
+    weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
+    others = rng.integers(max(1, len(pool) - 1), size=count).tolist()
+    boxes, partners, partner_boxes = [], [], []
+    for view in range(count):
+        image = images[view // views]
+        boxes.append(crop_box(attempts[view], *image.shape[1:], min_scale))
+        if mixup:
+            own_place = len(pool) - len(images) + view // views
+            other = others[view] + (others[view] >= own_place)  # any but the image itself
+            partners.append(pool[min(other, len(pool) - 1)])
+            partner_boxes.append(crop_box(attempts[view], *partners[-1].shape[1:], min_scale))
+    return Draws(boxes, flips, factors, order, partners, partner_boxes, weights)
+
+
+def crop_box(attempts, height, width, min_scale):
+    """Top, left, height and width of RandomResizedCrop's box, from random numbers in [0, 1).
+
+    The first of the attempts (area, ratio, top, left) that fits is taken, else the centre.
+    """
+    low, high = CROP_RATIO
+    for area, ratio, top, left in attempts:
+        area = height * width * (min_scale + (1 - min_scale) * area)
+        ratio = low * (high / low) ** ratio
+        h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+        if 0 < h <= height and 0 < w <= width:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = min(height, round(width / low)), min(width, round(height * high))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def render_views(images, draws, size):
+    """The views that were drawn of B images, at one size: (B, A, 3, size, size), normalised."""
+    device, views = images[0].device, len(draws.boxes) // len(images)
+    factors = draws.factors.to(device, non_blocking=True)
+    own = [image for image in images for _ in range(views)]
+    x = crop_and_resize(own, draws.boxes, draws.flips, size)  # (V, 3, size, size) in [0, 1]
+    x = color_jitter(x, factors, draws.order)
+    if draws.partners:
+        partners = crop_and_resize(draws.partners, draws.partner_boxes, draws.flips, size)
+        partners = color_jitter(partners, factors, draws.order)
+        weights = draws.weights.to(device, non_blocking=True)[:, None, None, None]
+        x = torch.lerp(partners, x, weights)
+    return normalize(x).unflatten(0, (len(images), views))
+
+
+def crop_and_resize(images, boxes, flips, size):
+    """Crops of V uint8 images (3, H, W), resized and flipped: (V, 3, size, size) in [0, 1].
+
+    Resizing is bilinear and antialiased, as torchvision's.
+    """
+    crops = [
+        image[:, top : top + height, left : left + width]
+        for image, (top, left, height, width) in zip(images, boxes, strict=True)
+    ]
+    if crops[0].device.type == "cpu":
+        return resize_by_interpolation(crops, flips, size)
+    return resize_by_products(crops, flips, size)
+
+
+def resize_by_interpolation(crops, flips, size):
+    """One crop after another, in whole grey levels: fast on a CPU."""
+    resized = []
+    for crop, flip in zip(crops, flips.tolist(), strict=True):
+        x = F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)
+        resized.append(x.flip(-1) if flip else x)
+    return torch.cat(resized) / 255
+
+
+def resize_by_products(crops, flips, size, dtype=torch.float16, room=2**28):
+    """All crops together, as rows @ crop @ columns^T: a GPU does not wait for Python.
+
+    room: bytes, roughly, that are used beside the result; crops are taken in parts that fit.
+    """
+    device = crops[0].device
+    height, width = (max(crop.shape[side] for crop in crops) for side in (1, 2))
+    bytes_per_crop = 9 * height * width + 12 * size * (height + width + size)
+    result = torch.empty(len(crops), 3, size, size, device=device)
+    count = max(1, room // bytes_per_crop)
+    for start in range(0, len(crops), count):
+        some, flip = crops[start : start + count], flips[start : start + count]
+        padded = torch.zeros(len(some), 3, height, width, dtype=torch.uint8, device=device)
+        for place, crop in zip(padded, some, strict=True):
+            place[:, : crop.shape[1], : crop.shape[2]] = crop
+        sides = torch.tensor([crop.shape[1:] for crop in some]).to(device, non_blocking=True)
+        rows = bilinear_weights(sides[:, 0], height, size)  # (v, size, height)
+        columns = bilinear_weights(sides[:, 1], width, size)  # (v, size, width)
+        flip = flip.to(device, non_blocking=True)[:, None, None]
+        columns = torch.where(flip, columns.flip(1), columns)
+        rows, columns = rows.to(dtype)[:, None], columns.to(dtype)[:, None]
+        # (v, 1, size, height) @ (v, 3, height, width) @ (v, 1, width, size) -> (v, 3, size, size)
+        result[start : start + count] = rows @ padded.to(dtype) @ columns.mT
+    return result.div_(255)
+
+
+def bilinear_weights(lengths, padded, size):
+    """Antialiased bilinear resizing of v lines of some lengths, padded: (v, size, padded)."""
+    scale = (lengths / size)[:, None, None]
+    centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale  # (v, size, 1)
+    pixel = torch.arange(padded, device=lengths.device) + 0.5
+    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * (pixel < lengths[:, None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def color_jitter(x, factors, order):
+    """ColorJitter of views (V, 3, H, W) in [0, 1], in place, by factors (V, 4), in one order."""
+    adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for i in order:
+        adjust[i](x, factors[:, i, None, None, None])
+    return x
+
+
+def adjust_brightness(x, factor):
+    x.mul_(factor).clamp_(0, 1)
+
+
+def adjust_contrast(x, factor):
+    mean = to_grey(x).mean((-2, -1), keepdim=True)  # (V, 1, 1, 1)
+    x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(x, factor):
+    x.mul_(factor).add_(to_grey(x).mul_(1 - factor)).clamp_(0, 1)
+
+
+def to_grey(x):
+    """The luma of (V, 3, H, W) -> (V, 1, H, W)."""
+    red, green, blue = x.split(1, dim=1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue by a share of the circle: to HSV and back, where value and chroma stay."""
+    red, green, blue = x.split(1, dim=1)  # (V, 1, H, W) each
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    # In sixths of the circle red is 0, green 2 and blue 4; which channel is highest says where.
+    # The masks are floats: torch.where on bools takes four times as long on a CPU.
+    mask = torch.empty_like(chroma)
+    hue = (red - green).add_(chroma, alpha=4)
+    hue.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(green, high, out=mask))
+    hue.lerp_(green - blue, torch.eq(red, high, out=mask))
+    hue.div_(chroma.clamp(min=1e-12)).add_(6 * shift)
+    hue.sub_((hue / 6).floor_().mul_(6))
+    # Red is low within a sixth of its opposite, 3, and high from two sixths on; the others are high
+    # within a sixth of their own place, and low from two sixths on.
+    for channel, place, start, sign in (
+        (red, 3, low, 1),
+        (green, 2, high, -1),
+        (blue, 4, high, -1),
+    ):
+        ramp = (hue - place).abs_().sub_(1).clamp_(0, 1)
+        torch.addcmul(start, chroma, ramp, value=sign, out=channel)
+
+
+def random_crops(dataset, batches, size, min_scale, workers, device, rng):
+    """The teacher's augmentation (Sec. 3.2): random crops and flips of a data set's images.
+
+    batches: lists of b indices, for each of which (b, 3, size, size), normalised, is yielded.
+    """
+    max_pixels = most_pixels_needed(size, min_scale)
+    for packed in decoding_loader(dataset, batches, max_pixels, workers, device):
+        images = to_images(packed, device)
+        draws = sample_views(images, [], 1, min_scale, mixup=False, rng=rng)
+        yield normalize(crop_and_resize(images, draws.boxes, draws.flips, size))
+
+
+# ---------------------------------------------------------- the embedded data set: drawn eggs
+
+
+def draw_eggs(split):
+    """Drawn eggs of 80 px: 120 classes of 8 to train on ("train"), 60 others of 16 ("test").
+
+    A class is the directions and widths of the stripes on shell, white and yolk, plain to see at
+    64 px and hardly at 32. Colours, shared by many classes, position, size, light and ground vary.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    classes = torch.arange(180)
+    angles = np.pi * (classes[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
+    periods = uniform(0.12, 0.15, 180, 3)  # of the stripes, in halves of the image's side
+    palettes = uniform(0.05, 0.95, 6, 2, 3)  # a dark and a light colour each
+    if split == "train":
+        labels = classes[:120].repeat_interleave(8)
+    else:
+        labels = classes[120:].repeat_interleave(16)
+    generator.manual_seed(121 if split == "test" else 1)
+    images = torch.cat(
+        [
+            draw_striped_eggs(angles[some], periods[some], palettes[some % 6], uniform)
+            for some in labels.split(60)
+        ]
+    )
+    return ImageDataset(images=images.numpy(), labels=labels.tolist())
+
+
+def draw_striped_eggs(angles, periods, palettes, uniform):
+    """n eggs, uint8 (n, 80, 80, 3), of stripes (n, 3) on shell, white, yolk; colours (n, 2, 3)."""
+    n, side = len(angles), 80
+
+    def one_each(low, high):
+        return uniform(low, high, n, 1, 1)
+
+    def noise(cells):
+        return F.interpolate(uniform(0, 1, n, 3, cells, cells), size=(side, side), mode="bicubic")
+
+    # x and y of each pixel in the egg's own frame, (n, side, side) each.
+    axis = 2 * (torch.arange(side) + 0.5) / side - 1
+    x, y = axis - one_each(-0.12, 0.12), axis[:, None] - one_each(-0.12, 0.12)
+    tilt, scale = one_each(-0.015, 0.015), one_each(0.95, 1.05)
+    mirror = torch.where(one_each(0, 1) < 0.5, -1.0, 1.0)
+    x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
+    x, y = mirror * x / scale, y / scale
+    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # 1 on the outline
+
+    stripes = torch.zeros_like(radius)
+    for part, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each over the last
+        angle, period = angles[:, part, None, None], periods[:, part, None, None]
+        phase = (x * angle.cos() + y * angle.sin()) / period + one_each(0, 1)
+        wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
+        stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
+    stripes = 0.5 + (stripes - 0.5) * one_each(0.9, 1.8)  # from soft to bold
+
+    radius, stripes = radius[:, None], stripes[:, None]  # beside the 3 channels
+    colours = (palettes + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)
+    dark, light = colours[..., None, None].unbind(1)
+    egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, stripes)
+    egg = egg * (1.08 - 0.3 * radius.square()).clamp(min=0.2)  # shaded towards the edge
+    egg = egg + 0.2 * (noise(5) + noise(11)) - 0.2
+    ground = (noise(5) + noise(11) + noise(40)) / 3
+    ground = 0.15 + 0.7 * torch.lerp(ground, ground.mean(1, keepdim=True), 0.4)
+    scene = torch.lerp(ground, egg, ((1 - radius) * 40).sigmoid())
+    scene = scene * uniform(0.75, 1.2, n, 1, 1, 1) + 0.03 * (uniform(0, 1, n, 3, side, side) - 0.5)
+    return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+# ------------------------------------------------------ running a program: the same for all four
+#
+# Several processes (torchrun --nproc-per-node N): each takes its own share of an epoch's images.
+# The losses are sums over images, so gradients are added up over processes, not averaged.
+
+
+def process_rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def process_count():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def start_processes():
+    """Join the other processes of a program that torchrun started; alone there is nothing to do."""
+    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def add_over_processes(*tensors):
+    """Add tensors up over all processes, in place."""
+    if process_count() > 1:
         for tensor in tensors:
             distributed.all_reduce(tensor)
-    except RuntimeError as error:
-        raise ConnectionError("another process of this program has ended, and so does this one") from error
 
-def main(argv=None):
+
+def broadcast(tensor):
+    """The tensor of process 0 in all processes, in place."""
+    if process_count() > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def average_statistics(net):
+    """Batch-norm that trains has other statistics in each process: take their mean, in place."""
+    statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    add_over_processes(*statistics)
+    for buffer in statistics:
+        buffer /= process_count()
+
+
+def find_device(name=None):
+    """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name or "cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def autocast(device, precision):
+    """The context of a forward pass: "auto" is bfloat16 where a GPU has it, float32 elsewhere."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means it
+    use = precision == "bfloat16"
+    if precision == "auto":
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def default_workers():
+    """Worker processes that decode images: one for each core, shared out over the processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def say(*lines):
+    """Print lines, in process 0."""
+    if process_rank() == 0 and lines:
+        print(*lines, sep="\n", flush=True)
+
+
+class Progress:
+    """One line on the terminal: what is going on, how much of it is done, and the time left."""
+
+    def __init__(self, title, total):
+        self.title, self.total, self.done = title, total, 0
+        self.began = self.shown = time.time()
+
+    def skip(self, amount):
+        """`amount` of the total was done before: it says nothing of the pace."""
+        self.total -= amount
+
+    def advance(self, amount=1, note=""):
+        """`amount` of the total is done. Where there is no terminal, a line every half minute."""
+        self.done += amount
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done >= self.total
+        if process_rank() > 0 or (now - self.shown < (0.2 if terminal else 30) and not last):
+            return
+        self.shown = now
+        left = (now - self.began) * (self.total / self.done - 1)
+        line = f"{self.title}: {self.done / self.total:4.0%}{note}, {format_time(left)} left"
+        if last:
+            line = f"{self.title}: done{note}, in {format_time(now - self.began)}"
+        start, end = ("\r", "\033[K") if terminal else ("", "\n")
+        print(start + line, end=end + "\n" * (last and terminal), file=sys.stderr, flush=True)
+
+
+def format_time(seconds):
+    """Minutes and seconds, 12:34."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def run_program(main, mistakes=()):
+    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
+
+    mistakes: exceptions of that kind beside UserError. Everything else shows its traceback.
+    """
+    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        start_processes()
+        main()
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: take a smaller --micro-batch", file=sys.stderr)
+        sys.exit(2)
+    except (UserError, OSError, *mistakes) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def main():
     parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")
-    parser.add_argument("name", choices=COUNTS)
+    parser.add_argument("name", choices=("cub", "cars", "sop"))
     parser.add_argument("--root", required=True, help="folder to put it in")
-    options = parser.parse_args(argv)
-    refuse(options.name == "cars", "cars has no download of its own any more: copies are on Kaggle (Stanford "
-           f"Cars); --root is the folder that holds {LAYOUTS['cars']}")
+    options = parser.parse_args()
+    if options.name not in DOWNLOADS:
+        raise UserError(
+            "cars has no download of its own any more; copies are on Kaggle (Stanford Cars): "
+            f"--root is the folder that holds {LAYOUTS['cars']}"
+        )
     url, md5 = DOWNLOADS[options.name]
     try:
         download_and_extract_archive(url, options.root, md5=md5)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{url} could not be downloaded whole ({error})") from error
-    counts = (len(load_dataset(options.name, options.root, split)) for split in ("train", "test"))
-    print("{} images for training, {} for testing, all there".format(*counts))
+        raise UserError(f"{url} could not be downloaded whole ({error})") from error
+    for split in ("train", "test"):
+        say(f"{len(load_dataset(options.name, options.root, split))} {split} images, all there")
+
 
 if __name__ == "__main__":
-    run_command(main)
+    run_program(main)

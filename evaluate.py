@@ -1,271 +1,590 @@
 """Evaluation (Sec. 4): exact retrieval metrics, accuracy against the cost of a query, and search.
 
     python evaluate.py --teacher T.pt --student S.pt --json table.json --figure queries.png
-    python evaluate.py --teacher T.pt --database FOLDER --index photos.pt  # embed a folder, once, large
-    python evaluate.py --student S.pt --index photos.pt --query IMAGE ...  # search it with small queries
+    python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
+    python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
+
+All in plain torch, on the device of the embeddings, exact, some queries at a time.
 """
+
 import argparse
 import json
 import os
 import timeit
 from pathlib import Path
-import numpy as np
+
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from asymres import fingerprint, load_checkpoint, read_checkpoint, write_atomically
-from data import (PROCESSES, WORKERS, ImageSet, add_up, decoder, evaluation_batches, evaluation_crop,
-                  list_images, load_dataset, refuse, run_command, settle_dataset)
+from torchvision.transforms.v2 import functional as TF
 
-def knn(queries, database, k, same_images=False, chunk=2 ** 26):
-    """Scores and rows (Q, k) of the k best of (N, D) for each of (Q, D), best first; ties in any order."""
-    refuse(k < 1, f"k must be positive, not {k}")
-    parts = torch.arange(len(queries)).split(max(1, chunk // len(database)))
-    k, scores = min(k, len(database) - same_images), _scores(queries, database, parts, same_images)
-    return tuple(map(torch.cat, zip(*(some.topk(k) for some in scores))))
+from asymres import NetworkError, fingerprint, load_checkpoint, read_checkpoint, save_atomically
+from data import (
+    ImageDataset,
+    Progress,
+    UserError,
+    add_over_processes,
+    autocast,
+    default_workers,
+    evaluation_crop,
+    find_device,
+    ignore_ctrl_c,
+    keep_readable,
+    list_images,
+    load_dataset,
+    normalize,
+    process_count,
+    process_rank,
+    read_image,
+    run_program,
+    say,
+    to_rgb,
+)
 
-def retrieval_metrics(queries, database, query_labels, database_labels, ks=(1, 2, 4, 8), same_images=True,
-                      chunk=2 ** 26):
-    """{metric: mean over queries, in [0, 1]} of queries (Q, D), database (N, D), integer labels (Q,), (N,).
-    The n images with a query's label are correct, the j-th best of them has rank r, both from 0; at equal
-    scores wrong images rank first. A query with n = 0 is left out, its image stays in the database.
-    same_images: query i and row i are one image, no answer to itself. chunk: scores held at a time.
+# --------------------------------------------------------------------------------- the evaluator
+
+
+@torch.no_grad()
+def retrieval_metrics(
+    queries,
+    database,
+    query_labels,
+    database_labels,
+    ks=(1, 2, 4, 8),
+    same_images=True,
+    chunk=2**25,
+):
+    """Search (N, D) for each of (Q, D) by dot product: {metric: mean over queries, in [0, 1]}.
+
+    Images of the query's label are correct, n of them; the j-th best has rank r, both from 0. At
+    equal scores wrong images come first. A query without a correct image is left out of the means,
+    but its image stays in the database.
+
+    same_images   query i and row i of the database are one image, which is no answer to itself
+    chunk         scores held at a time
 
       R@k          1 if a correct image has rank < k
       P@k          share of correct images among the first min(k, 1 + rank of the last correct one)
-      mAP          mean of (j/r + (j+1)/(r+1)) / 2, the trapezoid, where j/r is 1 if r = 0
+      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0
       mAP@k        the same, summed over ranks < k, divided by min(n, k)
       R-Precision  share of correct images among the first n (Musgrave et al., 2020)
       MAP@R        (j+1)/(r+1), summed over ranks < n, divided by n (the same)
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])  # 0 and 1 find each other behind 2: r = 1
+    >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])  # 0 and 1 find each other behind 2
     >>> retrieval_metrics(x, x, [7, 7, -1], [7, 7, -1], ks=(2,))
     {'mAP': 0.25, 'R-Precision': 0.0, 'MAP@R': 0.0, 'R@2': 1.0, 'P@2': 0.5, 'mAP@2': 0.25}
+
+    Raises ValueError where embeddings are not finite, or no query has a correct image.
     """
-    labels, others = (torch.as_tensor(x, device="cpu") for x in (query_labels, database_labels))
-    refuse(min(ks, default=1) < 1, f"every k must be positive, not {ks}")
-    for name, x, y in (("queries", queries, labels), ("database", database, others)):
-        refuse(x.ndim != 2 or x.shape[1] != queries.shape[1] or not x.numel() or len(y) != len(x),
-               f"{name}: (N, {queries.shape[-1]}) and N labels are needed, not {tuple(x.shape)} and {len(y)}")
-        finite = x.isfinite().all(1)
-        refuse(not finite.all(), f"{name}: embedding {int(finite.int().argmin())} is not finite")
-    refuse(same_images and not torch.equal(labels, others), "same_images: the same images have equal labels")
-    ordered, by_class = others.sort()
-    first = torch.searchsorted(ordered, labels)
-    size = torch.searchsorted(ordered, labels, right=True) - first
-    parts = [rows for n in size[size > same_images].unique().tolist()  # whose classes have one size
-             for rows in (size == n).nonzero()[:, 0].split(max(1, chunk // (len(others) + 8 * n)))]
-    refuse(not parts, "no query has a correct image")
-    longest = [x.norm(dim=1).max().item() for x in (queries, database)]
-    found = []
-    for rows, scores in zip(parts, _scores(queries, database, parts, same_images)):
-        correct = by_class[first[rows, None] + torch.arange(size[rows[0]])].to(scores.device)  # (q, n)
-        best = scores.gather(1, correct).sort(descending=True).values[:, :correct.shape[1] - same_images]
-        rounding = 4 * torch.finfo(best.dtype).eps * longest[0] * longest[1]  # within it, scores are equal
-        wrong = scores.scatter_(1, correct, -torch.inf)
-        found.append(_metrics(_reaching(wrong, best - rounding).double(), ks))
-    return {name: torch.cat([part[name] for part in found]).mean().item() for name in found[0]}
+    check_embeddings(queries, database)
+    query_labels = as_labels(query_labels, queries)
+    database_labels = as_labels(database_labels, database)
+    if min(ks, default=1) < 1:
+        raise ValueError(f"every k of {ks} must be positive")
+    if same_images and not torch.equal(query_labels, database_labels[: len(queries)]):
+        raise ValueError("same_images: query i and row i of the database need the same label")
+    sums, count = {}, 0
+    ranks_and_counts = ranks_of_correct_images(
+        queries, database, query_labels, database_labels, same_images, chunk
+    )
+    for ranks, n in ranks_and_counts:  # (q, m) with padding, (q,)
+        j = torch.arange(ranks.shape[1], device=ranks.device)
+        r, n = ranks.double(), n[:, None]
+        correct = (j < n).double()  # 0 for padding
+        precision = (j + 1) / (r + 1) * correct
+        before = torch.where(r > 0, j / r.clamp(min=1), 1.0) * correct
+        trapezoid = (before + precision) / 2
+        last = r.gather(1, n - 1)
+        metrics = {
+            "mAP": trapezoid.sum(1) / n[:, 0],
+            "R-Precision": ((r < n) * correct).sum(1) / n[:, 0],
+            "MAP@R": ((r < n) * precision).sum(1) / n[:, 0],
+        }
+        for k in ks:
+            found = (r < k) * correct
+            metrics[f"R@{k}"] = found.amax(1)
+            metrics[f"P@{k}"] = found.sum(1) / (last + 1).clamp(max=k)[:, 0]
+            metrics[f"mAP@{k}"] = (found * trapezoid).sum(1) / n.clamp(max=k)[:, 0]
+        for name, values in metrics.items():
+            sums[name] = sums.get(name, 0) + values.sum().item()
+        count += len(ranks)
+    if not count:
+        raise ValueError("no query has a correct image")
+    return {name: total / count for name, total in sums.items()}
 
-def _scores(queries, database, parts, same_images):  # (q, N) of each part's rows (q,), in one buffer
-    database = database.detach().to(torch.promote_types(database.dtype, torch.float32))
-    room = database.new_empty(max(map(len, parts)), len(database))
-    for rows in parts:
-        some, scores = queries[rows].detach().to(room), room[:len(rows)]
-        if room.is_cpu:  # numpy's BLAS takes two thirds of PyTorch's time
-            np.matmul(some.numpy(), database.numpy().T, out=scores.numpy())
-        else:
-            torch.mm(some, database.T, out=scores)  # (q, D) @ (D, N) -> (q, N)
-        yield scores.scatter_(1, rows[:, None].to(room.device), -torch.inf) if same_images else scores
 
-def _reaching(scores, bounds):  # how many of a query's scores (q, N) reach each of its bounds (q, n)
-    if bounds.shape[1] > 256:  # a sort costs less than the passes
-        pairs = zip(scores.split(128), bounds.split(128))
-        return torch.cat([x.shape[1] - torch.searchsorted(x.sort().values, some) for x, some in pairs])
-    if scores.is_cpu:  # numpy counts many times faster
-        pairs = zip(scores.numpy(), bounds.numpy())
-        return torch.tensor([[np.count_nonzero(x >= bound) for bound in some] for x, some in pairs])
-    return torch.stack([(scores >= bound[:, None]).sum(1) for bound in bounds.T], dim=1)
+def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
+    """Yield, for q queries at a time, ranks (q, m) of their correct images, and their numbers (q,).
 
-def _metrics(before, ks):  # {name: (q,)} from how many wrong images, (q, n), precede each correct one
-    n, j = before.shape[1], torch.arange(before.shape[1]).to(before)
-    ranks = before + j
-    precision, early = (j + 1) / (ranks + 1), (ranks < n).double()
-    trapezoid = (torch.where(ranks > 0, j / ranks, 1) + precision) / 2
-    metrics = {"mAP": trapezoid.mean(1), "R-Precision": early.mean(1), "MAP@R": (precision * early).mean(1)}
-    for k in ks:
-        found = (ranks < k).double()
-        metrics |= {f"R@{k}": found.amax(1), f"P@{k}": found.sum(1) / (ranks[:, -1] + 1).clamp(max=k),
-                    f"mAP@{k}": (trapezoid * found).sum(1) / min(n, k)}
-    return metrics
+    Ranks are from 0 and sorted; what comes after a query's number of them is padding. Queries come
+    by that number, so that little is padded; those without a correct image do not come.
+    """
+    device, N = database.device, len(database)
+    by_label = database_labels.argsort()  # rows of the database, class after class
+    sorted_labels = database_labels[by_label]
+    first = torch.searchsorted(sorted_labels, query_labels)  # (Q,) where a query's class begins
+    size = torch.searchsorted(sorted_labels, query_labels, right=True) - first
+    numbers = size - int(same_images)
+    order = numbers.argsort()
+    order = order[numbers[order] > 0]
+    columns = database.T.contiguous()  # (D, N)
+    scores_buffer = database.new_empty(2, max(1, chunk // N), N)  # allocating anew takes longer
+    for rows in order.split(scores_buffer.shape[1]):
+        # The classes' rows (q, m), and whether they are of the class or padding.
+        place = torch.arange(int(size[rows].max()), device=device)
+        correct = by_label[torch.minimum(first[rows, None] + place, (first + size)[rows, None] - 1)]
+        padding = place >= size[rows, None]
+        scores, at_least = scores_buffer[:, : len(rows)]
+        torch.mm(queries[rows].to(columns), columns, out=scores)  # (q, D) @ (D, N) -> (q, N)
+        if same_images:
+            scores.scatter_(1, rows[:, None], -torch.inf)
+        found = scores.gather(1, correct).masked_fill(padding, -torch.inf)
+        found = found.sort(descending=True).values[:, : int(numbers[rows].max())]  # (q, m)
+        scores.scatter_(1, correct, -torch.inf)  # what is left are wrong images
+        # A rank: how many wrong images score at least as much, and how many correct ones more.
+        wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in found.T]
+        yield torch.stack(wrong, 1).long() + place[: len(wrong)], numbers[rows]
 
-def find_device(name=None):
-    """torch.device of "cuda", "cuda:1" or "cpu"; by default CUDA if it is there, a card to each process."""
-    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name += f":{os.environ.get('LOCAL_RANK', 0)}" * (name == "cuda")
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    refuse(name not in there, f"--device {name}: PyTorch finds only {', '.join(there)}")
-    if name != "cpu":
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-def set_precision(name, device):
-    """The name asked for, of "auto" the card's best; float32 then means it: no TF32."""
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
-    best = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
-    return best if name == "auto" else name
-
-def embed(net, images, precision="float32"):
-    """Normalised images (..., 3, s, s) -> unit vectors (..., D), float32; `precision` is the backbone's."""
-    flat = images.flatten(0, -4).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return net(flat).unflatten(0, images.shape[:-3])
 
 @torch.no_grad()
-def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", rows=None,
-            decode=None):
-    """Embeddings (N, D), float32, on the CPU, of the images `rows` (all by default) at `size` px.
-    `net` goes to `device`, in eval mode. ValueError for an unreadable image; zeros in a lenient dataset.
+def knn(queries, database, k, same_images=False, chunk=2**25):
+    """The k nearest of (N, D) to each of (Q, D) by dot product: scores and rows (Q, k), best first.
+
+    same_images: query i is row i of the database, which is no answer to itself. Fewer than k come
+    where there are no more. Raises ValueError for embeddings that are not finite or do not fit.
     """
-    device, rows = find_device(device), range(len(dataset)) if rows is None else rows
-    net, embeddings = net.to(device).eval(), torch.zeros(len(rows), net.dim)
-    starts = range(0, len(rows), batch_size)[PROCESSES["rank"]::PROCESSES["count"]]
-    parts = [slice(i, i + batch_size) for i in starts]
-    decode = decode or decoder(dataset, workers, device)
-    for places, images in evaluation_batches(decode, rows, parts, size, device):
-        embeddings[places] = embed(net, images, precision).cpu()
-    add_up(embeddings)
+    check_embeddings(queries, database)
+    if k < 1:
+        raise ValueError(f"k must be positive, not {k}")
+    k = min(k, len(database) - int(same_images))
+    scores, rows = [], []
+    for some in torch.arange(len(queries), device=queries.device).split(
+        max(1, chunk // len(database))
+    ):
+        product = queries[some].to(database) @ database.T  # (q, D) @ (D, N) -> (q, N)
+        if same_images:
+            product.scatter_(1, some[:, None].to(product.device), -torch.inf)
+        best = product.topk(k)
+        scores.append(best.values)
+        rows.append(best.indices)
+    return torch.cat(scores), torch.cat(rows)
+
+
+def check_embeddings(queries, database):
+    for name, x in (("queries", queries), ("database", database)):
+        if x.ndim != 2 or x.shape[1] != queries.shape[-1] or not x.numel():
+            raise ValueError(f"{name}: (N, {queries.shape[-1]}) is needed, not {tuple(x.shape)}")
+        finite = x.isfinite().all(1)
+        if not finite.all():
+            raise ValueError(f"{name}: embedding {int(finite.int().argmin())} is not finite")
+
+
+def as_labels(labels, embeddings):
+    try:
+        labels = torch.as_tensor(labels, device=embeddings.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"labels must be integers ({error})") from error
+    if labels.is_floating_point() or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"{len(embeddings)} integer labels are needed, not {tuple(labels.shape)} {labels.dtype}"
+        )
+    return labels
+
+
+# ------------------------------------------------------------------------------------- embedding
+
+
+class EvaluationCrops(Dataset):
+    """The evaluation crop of image i of a data set, uint8 (3, size, size)."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return TF.pil_to_tensor(evaluation_crop(to_rgb(self.dataset[i]), self.size))
+
+
+def evaluation_loader(dataset, size, batches, workers, device):
+    """A DataLoader of evaluation crops, uint8 (b, 3, size, size), by lists of b indices."""
+    return DataLoader(
+        EvaluationCrops(dataset, size),
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_ctrl_c,
+    )
+
+
+@torch.no_grad()
+def extract(
+    net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", title=None
+):
+    """Embeddings (N, D), float32, on the CPU, of a data set's evaluation crops of `size` px.
+
+    net goes to the device, in eval mode. title: shown with progress. Processes share the images.
+    Raises UserError for an image that cannot be read.
+    """
+    device = find_device(device)
+    net = net.to(device).eval()
+    embeddings = torch.zeros(len(dataset), net.dim)
+    batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(batch_size)]
+    batches = batches[process_rank() :: process_count()]
+    progress = Progress(title, len(batches))
+    loader = evaluation_loader(dataset, size, batches, workers, device)
+    for rows, crops in zip(batches, loader, strict=True):
+        images = normalize(crops.to(device, non_blocking=True) / 255)
+        with autocast(device, precision):
+            embeddings[rows] = net(images).cpu()
+        if title:
+            progress.advance()
+    add_over_processes(embeddings)  # the rows of others are 0 here
     return embeddings
 
-@torch.no_grad()
-def trade_off(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, figure=None, **how):
-    """Print accuracy (%) against the cost of a query. -> the table's rows (dicts), in process 0.
-    Networks know their `size`; `how` goes to extract; figure: a PNG of what the first student finds.
+
+# ------------------------------------------- accuracy against the cost of a query, with a picture
+
+
+def query_cost(net, size, device, precision):
+    """GFLOPs (a multiply-add is two) and milliseconds, the median of 30, of embedding one query."""
+    image = torch.zeros(1, 3, size, size, device=device)
+
+    @torch.no_grad()
+    def query():
+        with autocast(device, precision):
+            return net(image).cpu()  # waits for the device
+
+    with FlopCounterMode(display=False) as counter:
+        query()
+    seconds = sorted(timeit.repeat(query, number=1, repeat=30))[15]
+    return counter.get_total_flops() / 1e9, 1e3 * seconds
+
+
+def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, figure=None, **how):
+    """Print the table of accuracy (%) against the cost of a query; return its rows, dicts.
+
+    Networks know their `size`. A student's queries search the teacher's database (asymmetric) and
+    its own (symmetric); "no distillation" are the teacher's own small queries in its database.
+    figure: a file for a picture of what the first student finds. how: passed to `extract`.
     """
-    device, labels, rows = find_device(device), dataset.labels, []
-    todo = [("teacher, symmetric", teacher, teacher.size, teacher)]  # queries' network, their px, database's
-    todo += [("no distillation", teacher, px, teacher) for px in sorted({net.size for net in students})]
-    todo += [("supervised, symmetric", net, net.size, net) for net in supervised]
+    device = find_device(device)
+    embedded = {}
+
+    def embed(net, size):
+        if (net, size) not in embedded:
+            embedded[net, size] = extract(net, dataset, size, device, **how).to(device)
+        return embedded[net, size]
+
+    small_sizes = sorted({net.size for net in students})
+    searches = [
+        ("teacher, symmetric", teacher, teacher.size, teacher)
+    ]  # of the queries, database's
+    searches += [("no distillation", teacher, size, teacher) for size in small_sizes]
+    searches += [("labels, symmetric", net, net.size, net) for net in supervised]
     for net in students:
-        todo += [("student, asymmetric", net, net.size, teacher), ("student, symmetric", net, net.size, net)]
-    found = dict.fromkeys((net, px) for _, net, px, _ in todo)
-    found = {(net, px): extract(net, dataset, px, device, **how).to(device) for net, px in found}
-    for name, net, px, other in todo if PROCESSES["rank"] == 0 else ():
-        metrics = retrieval_metrics(found[net, px], found[other, other.size], labels, labels, ks)
-        query = lambda: embed(net, torch.zeros(1, 3, px, px, device=device), how.get("precision")).cpu()
-        with FlopCounterMode(display=False) as counter:  # a multiply-add is 2
-            query()
-        rows.append({"": name, "network": net.arch, "query px": px, "database px": other.size,
-                     **{key: 100 * metrics[key] for key in (*(f"R@{k}" for k in ks), "mAP")},
-                     "GFLOPs/query": counter.get_total_flops() / 1e9,
-                     "ms/query": 1e3 * sorted(timeit.repeat(query, number=1, repeat=30))[15]})
-    lines = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row]
-             for row in (*rows[:1], *map(dict.values, rows))]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    print(*("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines), sep="\n")
-    if figure and rows:
-        _draw_queries(figure, dataset, teacher, students[0], found)
+        searches.append(("student, asymmetric", net, net.size, teacher))
+        searches.append(("student, symmetric", net, net.size, net))
+    rows = []
+    for name, net, size, other in searches:
+        queries, database = embed(net, size), embed(other, other.size)
+        metrics = retrieval_metrics(queries, database, dataset.labels, dataset.labels, ks)
+        gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
+        row = {"": name, "network": net.arch, "query px": size, "database px": other.size}
+        row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
+        row |= {"mAP": 100 * metrics["mAP"], "GFLOPs/query": gflops, "ms/query": ms}
+        rows.append(row)
+    print_table(rows)
+    if figure and process_rank() == 0:
+        small = students[0].size
+        captions = {
+            "no\ndistillation": embed(teacher, small),
+            "student": embed(students[0], small),
+        }
+        draw_queries(figure, dataset, captions, embed(teacher, teacher.size), small, teacher.size)
     return rows
 
-def _draw_queries(path, dataset, teacher, student, found):  # a PNG of 6 random queries and their answers
-    labels, small, large = dataset.labels, student.size, teacher.size
-    order = np.random.default_rng(0).permutation(len(labels))
-    sheet = Image.new("RGB", (1560, 46 + 6 * 304), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
-    title = f"queries, {small} px, and the nearest images, {large} px; green: same class, red: another"
-    pen.text((10, 14), title, "black", font)
-    for top, query in zip(range(56, sheet.height, 304), (i for i in order if labels.count(labels[i]) > 1)):
-        sheet.paste(evaluation_crop(dataset.image(query), small).resize((274, 274), Image.NEAREST), (10, top))
-        for y, net, caption in ((top, teacher, "no\ndistillation"), (top + 142, student, "student")):
-            pen.text((404, y + 66), caption, "black", font, anchor="rm", align="right")
-            nearest = knn(found[net, small][[query]], found[teacher, large], 9)[1][0].tolist()
-            for x, image in zip(range(424, sheet.width, 142), (i for i in nearest if i != query)):
-                shown = evaluation_crop(dataset.image(image), large).resize((120, 120))
-                colour = "#1a9850" if labels[image] == labels[query] else "#d73027"
-                sheet.paste(ImageOps.expand(shown, 6, colour), (x, y))
-    sheet.save(path, "PNG")
+
+def compare_unlabelled(teacher, student, dataset, photographs, device=None, figure=None, **how):
+    """What can be measured without labels, as a table; return its rows.
+
+    dataset: the held-back images, the queries. photographs: all others, with which they are the
+    database. Agreement with the teacher's large queries: see `agreement`.
+    """
+    device = find_device(device)
+    everything = ImageDataset(dataset.paths + photographs.paths)
+    database = extract(teacher, everything, teacher.size, device, title="database", **how).to(
+        device
+    )
+    rows, captions = [], {f"teacher\n{teacher.size} px": database[: len(dataset)]}
+    for name, net, size in (
+        ("teacher", teacher, teacher.size),
+        ("no distillation", teacher, student.size),
+        ("student", student, student.size),
+    ):
+        queries = extract(net, dataset, size, device, **how).to(device)
+        captions[f"{name}\n{size} px"] = queries
+        gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
+        row = {"": name, "network": net.arch, "query px": size, "database px": teacher.size}
+        row |= agreement(queries, database)
+        rows.append(row | {"GFLOPs/query": gflops, "ms/query": ms})
+    print_table(rows)
+    if figure and process_rank() == 0:
+        draw_queries(figure, everything, captions, database, student.size, teacher.size)
+    return rows
+
+
+def agreement(queries, database, k=10):
+    """How far queries (Q, D) find what the database's network finds by its own, (N, D), in percent.
+
+    Rows 0 to Q - 1 of the database are the same images as the queries, embedded large; they are the
+    queries that are agreed with, and no answers to themselves.
+    """
+    own = database[: len(queries)]
+    _, theirs = knn(own, database, k, same_images=True)  # (Q, k)
+    _, found = knn(queries, database, k, same_images=True)
+    overlap = (theirs[:, :, None] == found[:, None, :]).any(2).double().mean()
+    return {
+        "top-1 agreement": 100 * (theirs[:, 0] == found[:, 0]).double().mean().item(),
+        f"top-{k} overlap": 100 * overlap.item(),
+        "cosine": (queries * own).sum(1).mean().item(),
+    }
+
+
+def print_table(rows):
+    """Print dicts with the same keys, in process 0."""
+    digits = {"GFLOPs/query": 3, "cosine": 3}  # others have one
+    lines = [list(rows[0])]
+    for row in rows:
+        cells = []
+        for name, x in row.items():
+            cells.append(f"{x:.{digits.get(name, 1)}f}" if isinstance(x, float) else str(x))
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        say("  ".join(cells).rstrip())
+
+
+def draw_queries(path, dataset, embeddings, database, query_size, database_size, count=6):
+    """A picture of some queries and what each of several embeddings of them finds in the database.
+
+    embeddings: {caption: (Q, D)} of images 0 to Q - 1 of the data set, which are no answers to
+    themselves. A frame is green where the class is right or, without labels, where the answer is
+    one of the first row's.
+    """
+    labels = dataset.labels
+    total = len(next(iter(embeddings.values())))
+    queries = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    if labels is not None:
+        queries = [i for i in queries if labels.count(labels[i]) > 1]
+    rows = []
+    for query in queries[:count]:
+        answers, right = [], None
+        for caption, vectors in embeddings.items():
+            scores = vectors[[query]] @ database.T  # (1, D) @ (D, N) -> (1, N)
+            scores[0, query] = -torch.inf
+            found = scores.topk(min(8, len(database) - 1)).indices[0].tolist()
+            if right is None:
+                right = set(found)
+            good = [i in right if labels is None else labels[i] == labels[query] for i in found]
+            images = [evaluation_crop(dataset[i], database_size) for i in found]
+            answers.append((caption, list(zip(images, good, strict=True))))
+        rows.append((evaluation_crop(dataset[query], query_size), answers))
+    title = f"queries, {query_size} px, and the nearest images, {database_size} px"
+    draw_answers(path, title, rows)
+
+
+def draw_answers(path, title, rows, cell=120):
+    """Save a picture: each query image beside rows of a caption and answers (image, right?)."""
+    step = cell + 20
+    most = max(len(found) for _, answers in rows for _, found in answers)
+    height = sum(len(answers) * step + 20 for _, answers in rows)
+    sheet = Image.new("RGB", (2 * step + 160 + most * step, 50 + height), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(20), 50
+    draw.text((10, 14), title, "black", font)
+    for query, answers in rows:
+        side = step * min(2, len(answers)) - 20
+        sheet.paste(query.resize((side, side), Image.Resampling.NEAREST), (10, y))
+        for caption, found in answers:
+            right = 2 * step + 140
+            draw.text((right, y + step / 2), caption, "black", font, anchor="rm", align="right")
+            for place, (image, good) in enumerate(found):
+                frame = {True: "#1a9850", False: "#d73027", None: "white"}[good]
+                shown = ImageOps.expand(image.resize((cell, cell)), 6, frame)
+                sheet.paste(shown, (right + 20 + place * step, y))
+            y += step
+        y += 20
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------ index and search
+
 
 def build_index(teacher, folder, path, **how):
-    """Write embeddings (N, D) and paths (N) of the images under a folder; print unreadable ones."""
-    paths = list_images(folder)
-    embeddings = extract(teacher, ImageSet([0] * len(paths), paths, lenient=True), teacher.size, **how)
-    good = embeddings.any(1)
-    refuse(not good.any(), f"no images under {folder} that can be read")
-    if PROCESSES["rank"] == 0:
-        write_atomically(path, {"embeddings": embeddings[good], "paths": [paths[i] for i in good.nonzero()],
-                                "network": fingerprint(teacher)})
-    print(*(f"{paths[i]} cannot be read: skipped" for i in (~good).nonzero()),
-          f"{good.sum()} images in {path}, {(~good).sum()} skipped", sep="\n")
+    """Embed all images below a folder and write the index, a dict of plain values and tensors.
 
-def search(student, index, images, top, **how):
-    """Print scores and files of an index's `top` nearest to each of some images (paths)."""
+    embeddings (N, D), paths (N) relative to the folder, folder, and network, the fingerprint of the
+    teacher. Images that cannot be read are left out, named and counted.
+    """
+    found = ImageDataset(list_images(folder))
+    if not len(found):
+        raise UserError(f"no images below {folder}")
+    dataset = keep_readable(found, how.get("workers", 0))
+    embeddings = extract(teacher, dataset, teacher.size, title="images embedded", **how)
+    index = {
+        "embeddings": embeddings,
+        "paths": [os.path.relpath(name, folder) for name in dataset.paths],
+        "folder": os.path.abspath(folder),
+        "network": fingerprint(teacher),
+    }
+    if process_rank() == 0:
+        save_atomically(path, index)
+    skipped = len(found) - len(dataset)
+    say(f"{len(dataset)} images in {path}, {skipped} that cannot be read left out")
+
+
+def search(student, teacher_fingerprint, index, images, top=5, figure=None, **how):
+    """Print the `top` nearest images of an index to each query image (paths), and draw them."""
     content = read_checkpoint(index)
-    names = "embeddings", "paths", "network"
-    refuse(not isinstance(content, dict) or not {*names} <= {*content}, f"{index} is not an index")
-    embeddings, paths, network = (content[name] for name in names)
-    ours = student.teacher or student.options  # the authors' students do not name their teacher
-    stranger = ours and network not in (student.teacher, fingerprint(student))
-    refuse(stranger or embeddings.shape[1] != student.dim, f"{index} is of another network than the teacher")
-    queries = extract(student, ImageSet([0] * len(images), images), student.size, **how)
-    for image, scores, rows in zip(images, *knn(queries, embeddings, top)):
-        print(image, *(f"  {score:.4f}  {paths[row]}" for score, row in zip(scores, rows)), sep="\n")
+    if not isinstance(content, dict) or not {"embeddings", "paths", "network"} <= set(content):
+        raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
+    refuse_stranger(index, content["network"], student, teacher_fingerprint)
+    embeddings, paths = content["embeddings"], content["paths"]
+    rows = []
+    for path in images:
+        try:
+            query = ImageDataset([path])[0]
+        except UserError as error:
+            say(str(error))
+            continue
+        queries = extract(student, ImageDataset([path]), student.size, **how)
+        scores, found = knn(queries, embeddings, top)
+        files = [os.path.join(content["folder"], paths[i]) for i in found[0].tolist()]
+        say(path, *(f"  {score:.4f}  {file}" for score, file in zip(scores[0], files, strict=True)))
+        if figure:
+            crops = [(evaluation_crop(read_image(file), 448), None) for file in files]
+            rows.append((evaluation_crop(query, student.size), [("", crops)]))
+    if figure and rows:
+        draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
-def held_back(asked, dataset, root, *nets):
-    """Whether validation classes stand in for test classes: as asked, or as nets trained on this set were."""
-    own = [net.options for net in nets if net.options.get("dataset") == dataset]
-    said = {bool(o.get("validation")) for o in own if dataset != "folder" or o.get("root") == root} | {asked}
-    refuse({True, False} <= said, "--validation: networks and command line disagree on the training classes")
-    return True in said
 
-def _parse(argv):  # the options, refused where they cannot end well
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def refuse_stranger(name, network, student, teacher_fingerprint):
+    """Raise UserError where embeddings of a network are not those that a student was taught."""
+    known = (teacher_fingerprint, fingerprint(student))
+    if teacher_fingerprint and network not in known:
+        raise UserError(f"{name} is of another network than the teacher of this student")
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+def load_network(path, size_needed=True):
+    """(network, the rest of its checkpoint): a file, or a released name."""
+    net, content = load_checkpoint(path), read_checkpoint(path)
+    if size_needed and not net.size:
+        raise UserError(f"{path} does not say at which size in px the network was trained")
+    return net, {name: value for name, value in content.items() if name != "state_dict"}
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options]",
+    )
     add = parser.add_argument
     add("--teacher", help="checkpoint or released name of the database's network")
-    add("--student", nargs="+", default=[], help="the networks of the queries")
-    add("--supervised", nargs="+", default=[], help="networks trained with labels")
-    add("--dataset", help="cub, cars, sop, synthetic or a folder; default: the teacher's")
-    add("--root", help="where it is; default: where the teacher found it")
-    add("--validation", action=argparse.BooleanOptionalAction, help="test on half of the training classes")
-    add("--ks", type=int, nargs="+", default=[1, 8], help="the K of R@K (%(default)s)")
-    add("--json", metavar="FILE", help="the table, for machines")
-    add("--figure", metavar="FILE.png", help="what the first student finds")
-    add("--database", metavar="FOLDER", help="embed the images under it ...")
+    add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
+    add("--supervised", nargs="+", default=[], help="checkpoints of networks trained with labels")
+    add("--dataset", help="cub, cars, sop, synthetic or a folder (default: the teacher's)")
+    add("--root", help="where the data set is (default: where the teacher found it)")
+    add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
+    add("--validation", action="store_true", help="test on the second half of the training classes")
+    add("--ks", type=int, nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
+    add("--json", metavar="FILE", help="write the table, for machines")
+    add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
+    add("--database", metavar="FOLDER", help="embed the images below a folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: search it")
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=int, default=5, help="answers to a query (%(default)s)")
+    add("--top", type=int, default=5, help="answers to a query (default: %(default)s)")
+    add("--workers", type=int, default=default_workers(), help="(default: one a core, %(default)s)")
+    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
-    add("--device", help="cuda or cpu; default: cuda if there")
-    add("--workers", type=int, default=WORKERS, help="that load images (%(default)s)")
-    options = parser.parse_args(argv)
-    query, index, students = options.query, options.index, len(options.student)
-    refuse(query and not (index and students == 1), "--query needs an --index FILE and one --student")
-    refuse(not query and not options.teacher, "--teacher is needed, or --student, --index and --query")
-    refuse(not query and bool(options.database) != bool(index), "--database and --index FILE go together")
-    refuse(min(*options.ks, options.top) < 1 or options.workers < 0, "--ks, --top or --workers is too small")
-    refuse(options.figure and not students, "--figure needs a --student")
-    for path in map(Path, filter(None, (options.json, options.figure, not query and index))):
-        refuse(path.is_dir() or not os.access(path.parent, os.W_OK), f"{path} cannot be written")
-    return options
+    return parser.parse_args()
 
-def main(argv=None):
-    options = _parse(argv)
+
+def class_counts(dataset):
+    """{name: number of images} of the classes of a data set of class folders; {} of others."""
+    counts = {}
+    if dataset.classes:
+        for label in dataset.labels:
+            counts[dataset.classes[label]] = counts.get(dataset.classes[label], 0) + 1
+    return counts
+
+
+def load_split(name, root, split, unlabelled=False, trained=None):
+    """`load_dataset`, where a checkpoint names the classes of a folder that trained: {name: count}.
+
+    All others are test classes, whatever was added to the folder since. Changes are said.
+    """
+    if trained:
+        now = class_counts(load_dataset(name, root, "train", training_classes=trained))
+        for changed in (c for c in trained if trained[c] != now.get(c, 0)):
+            say(
+                f"note: {changed} trained with {trained[changed]} images, has {now.get(changed, 0)}"
+            )
+    return load_dataset(name, root, split, unlabelled, trained or None)
+
+
+def main():
+    options = parse_options()
     device = find_device(options.device)
-    how = dict(device=device, workers=options.workers, precision=set_precision(options.precision, device))
-    paths = options.student if options.query else [options.teacher, *options.student, *options.supervised]
-    nets = [load_checkpoint(path) for path in paths]
-    for path, net in zip(paths, nets):
-        refuse(not net.size, f"{path} does not say its training size")
-        refuse(net.dim != nets[0].dim and path in options.student,
-               f"{path} has {net.dim} dimensions, its teacher {nets[0].dim}")
+    how = {"device": device, "workers": options.workers, "precision": options.precision}
     if options.query:
-        return search(*nets, options.index, options.query, options.top, **how)
+        if len(options.student) != 1 or not options.index:
+            raise UserError("--query needs one --student and an --index FILE")
+        student, content = load_network(options.student[0])
+        taught_by = content.get("teacher")
+        search(student, taught_by, options.index, options.query, options.top, options.figure, **how)
+        return
+    if not options.teacher:
+        raise UserError("--teacher is needed, or --query with --student and --index")
+    teacher, content = load_network(options.teacher)
     if options.database:
-        return build_index(nets[0], options.database, options.index, **how)
-    name, root = settle_dataset(options.dataset, options.root, nets[0].options)
-    dataset = load_dataset(name, root, "val" if held_back(options.validation, name, root, *nets) else "test")
-    count = 1 + len(options.student)
-    rows = trade_off(nets[0], nets[1:count], dataset, nets[count:], options.ks, figure=options.figure, **how)
-    if options.json and rows:
+        if not options.index:
+            raise UserError("--database needs an --index FILE to write")
+        build_index(teacher, options.database, options.index, **how)
+        return
+
+    students = [load_network(path) for path in options.student]
+    for path, (student, about) in zip(options.student, students, strict=True):
+        refuse_stranger(path, fingerprint(teacher), student, about.get("teacher"))
+    students = [student for student, _ in students]
+    supervised = [load_network(path)[0] for path in options.supervised]
+    saved = content.get("options", {})
+    name = options.dataset or saved.get("dataset")
+    if not name:
+        raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
+    root = options.root or (saved.get("root") if name == saved.get("dataset") else None)
+    unlabelled = options.unlabelled or (saved.get("unlabelled") and name == saved.get("dataset"))
+    split = "val" if options.validation or saved.get("validation") else "test"
+    dataset = load_split(name, root, split, unlabelled, saved.get("classes"))
+    dataset = keep_readable(dataset, options.workers)
+    if dataset.labels is None:
+        if len(students) != 1:
+            raise UserError("without labels, one --student is compared with its --teacher")
+        others = keep_readable(load_dataset(name, root, "train", True), options.workers)
+        rows = compare_unlabelled(teacher, *students, dataset, others, figure=options.figure, **how)
+    else:
+        rows = compare(
+            teacher, students, dataset, supervised, options.ks, figure=options.figure, **how
+        )
+    if options.json and process_rank() == 0:
         Path(options.json).write_text(json.dumps(rows, indent=1))
 
+
 if __name__ == "__main__":
-    run_command(main)
+    run_program(main, mistakes=(NetworkError,))

@@ -1,271 +1,431 @@
-"""The teacher: metric learning with labels at one resolution (Sec. 3.2). At a small one it is the baseline.
-Here, too, is what every run shares: recipes, options, and `fit`, the loop that survives being killed.
+"""The teacher (Sec. 3.2): metric learning with labels at one resolution, the large one.
 
-    python train.py --dataset cub --root DIR --size 448 --out runs/cub-448      # 200 epochs, ResNet50, 512-D
-    python train.py                                     # the embedded data set: a minute on a CPU
+    python train.py --dataset cub --root data --size 448      # ResNet50, 512-D, 200 epochs, one GPU
+    python train.py --dataset cub --root data --size 224      # the small baseline with labels
+
+Here is also what train.py and distill.py share: options, optimizer, schedule, checkpoints and log.
 """
+
 import argparse
-import contextlib
-import itertools
 import json
-import signal
+import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 import torch
-from asymres import (BATCHNORM, EmbeddingNet, draw_negatives, load_checkpoint, read_checkpoint,
-                     save_checkpoint, triplet_loss)
-from data import PROCESSES, WORKERS, Views, add_up, load_dataset, refuse, run_command, seeded, settle_dataset
-from evaluate import embed, extract, find_device, held_back, set_precision, trade_off
 
-# The students' lr and lambdas are the published ones. The teacher's lr and batch are our choice.
-SHARED = dict(arch="resnet50", dim=512, weights="imagenet", epochs=200, images=8000, forward=8, crop=0.08,
-              seed=1234, workers=WORKERS, device="", precision="auto")
-TEACHER = dict(SHARED, pooling="gem", size=448, batch=40, lr=1e-5)
-CUB = dict(SHARED, teacher="", teacher_size=448, student_size=224, copies=8, mixup=True, regression=False,
-           batch=200, lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684)
-EGGS = dict(arch="resnet10", dim=64, weights="random", epochs=6, workers=0)
-RECIPES = {
-    "teacher": dict(cub=TEACHER, cars=TEACHER, sop=TEACHER, folder=TEACHER,
-                    synthetic=dict(TEACHER, **EGGS, size=64, forward=16, crop=0.85, batch=16, lr=2e-3)),
-    "student": dict(cub=CUB, cars=dict(CUB, lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731), folder=CUB,
-                    sop=dict(CUB, lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778),
-                    synthetic=dict(CUB, **EGGS, teacher_size=64, student_size=32, crop=0.5, batch=8, lr=4e-3,
-                                   lambda_ts=0.75, lambda_ss=0.75))}
-HELP = dict(
-    root="where the data set is", out="a run's folder; default: a free one in runs/", size="side in px",
-    dataset="cub, cars, sop, synthetic or a folder of class folders", pooling="gem, gemmp, mac or spoc",
-    teacher="file or released name; without it one is trained", arch="of torchvision, resnet10, timm/NAME",
-    weights="imagenet, random, a file; of a student: teacher", crop="least share of an image in a crop",
-    images="an epoch, at most (teacher: anchors)", batch="images a step (teacher: anchors)", lr="at its peak",
-    forward="images at once: lower it where memory runs out", copies="views of an image", dim="0: unwhitened",
-    regression="no augmentation, absolute term only", validation="test on half of the training classes")
-NEGATIVES, POOL, MARGIN = 4, 20_000, 0.7
-SETTLED = 0.7  # of the epochs; then batch-norm statistics stand still: a network ends trained as it is used
-MINUTES = 10  # between checkpoints inside an epoch
-MOVABLE = ("out", "root", "device", "workers", "forward", "teacher")  # may change when a run is continued
-MAY_BE_0 = ("dim", "workers", "seed", "lambda_ts", "lambda_ss")
+from asymres import (
+    EmbeddingNet,
+    NetworkError,
+    draw_negatives,
+    read_checkpoint,
+    save_checkpoint,
+    triplet_loss,
+)
+from data import (
+    Progress,
+    UserError,
+    add_over_processes,
+    autocast,
+    average_statistics,
+    broadcast,
+    default_workers,
+    find_device,
+    keep_readable,
+    process_count,
+    process_rank,
+    random_crops,
+    run_program,
+    say,
+)
+from evaluate import class_counts, compare, extract, load_split
 
-def parse(role, description, argv):
-    """(options, [teacher if given]) of train.py ("teacher") or distill.py ("student"), filled and checked."""
-    defaults = "\n".join(f"{name}: {recipe}" for name, recipe in RECIPES[role].items())
-    parser = argparse.ArgumentParser(description=description, epilog=f"defaults by data set\n{defaults}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, kind in dict(dataset="", root="", out="", validation=False, **RECIPES[role]["cub"]).items():
-        how = {"type": type(kind), "choices": {"precision": ("auto", "bfloat16", "float32")}.get(name)}
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(kind, bool) else how
-        parser.add_argument(f"--{name.replace('_', '-')}", help=HELP.get(name), **how)
-    options = parser.parse_args(argv)
-    nets, inherited = [], {"dataset": "synthetic"}
-    if role == "student" and options.teacher:
-        nets = [load_checkpoint(options.teacher)]
-        said = {"dim": nets[0].dim, **nets[0].options, "arch": nets[0].arch, "teacher_size": nets[0].size}
-        inherited = {key: said.get(key) for key in "dataset root weights arch dim teacher_size".split()}
-        if options.arch not in (None, nets[0].arch) or inherited["weights"] == "teacher":
-            del inherited["weights"]
-    options.dataset, options.root = settle_dataset(options.dataset, options.root, inherited)
-    for name, default in RECIPES[role][options.dataset].items():
-        value = next(x for x in (getattr(options, name), inherited.get(name), default) if x is not None)
-        low = type(value) in (int, float) and (value < 0 or value == 0 and name not in MAY_BE_0)
-        refuse(low or name == "crop" and value > 1, f"--{name.replace('_', '-')} cannot be {value}")
-        setattr(options, name, value)
+NEGATIVES = 4  # of an anchor
+POOL = 20_000  # images from which an epoch's negatives are drawn
+MARGIN = 0.7  # of the triplet loss
+
+# What differs by data set; "folder" is any other. The authors do not publish the learning rate and
+# the batch size of their teachers: these are our choice.
+PAPER = dict(size=448, arch="resnet50", weights="imagenet", dim=512, epochs=200)
+PAPER |= dict(batch_size=40, micro_batch=8, lr=1e-5, min_scale=0.08)
+EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=6)
+EGGS |= dict(batch_size=16, micro_batch=16, lr=2e-3, min_scale=0.85)
+RECIPES = {"cub": PAPER, "cars": PAPER, "sop": PAPER, "folder": PAPER, "synthetic": EGGS}
+
+# --------------------------------------------------------------------------- the teacher's training
+
+
+def train(options, progress=None, step_cost=1):
+    """Train the network that the options describe, or go on with it. Returns it, in eval mode."""
+    dataset = load_training_images(options)
+    net = new_network(options, options.pooling, options.size)
+    groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
+    anchors = 4 * (len(groups) // process_count())
+    run = Run(net, options, anchors, group=4, progress=progress, step_cost=step_cost)
+    for epoch in range(run.first_epoch, options.epochs):
+        rows = mine(net, dataset, epoch, options)
+        train_one_epoch(net, dataset, rows, epoch, run, options)
+        run.end_epoch(epoch)
+    return net.eval()
+
+
+def train_one_epoch(net, dataset, rows, epoch, run, options):
+    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
+    rng = np.random.default_rng((options.seed, epoch, process_rank()))
+    batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
+    crops = random_crops(
+        dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
+    )
+    net.train()
+    for i, images in enumerate(crops, start=1):  # (b (1 + M), 3, H, W)
+        with run.autocast():
+            embeddings = net(images).view(-1, 1 + NEGATIVES, net.dim)  # (b, 1 + M, D)
+        anchors, negatives = embeddings[:, 0], embeddings[:, 1:]
+        positives = others_of_group(anchors)  # (b, 3, D)
+        loss = triplet_loss(anchors, positives, negatives, MARGIN)
+        loss.backward()
+        run.add_loss(loss)
+        if i % run.accumulate == 0 or i == len(batches):
+            run.step()
+
+
+def others_of_group(anchors):
+    """The positives of anchors in groups of 4 of a class: (b, D) -> (b, 3, D)."""
+    others = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    return anchors.unflatten(0, (-1, 4))[:, others].flatten(0, 1)
+
+
+def draw_groups(labels, epoch_size, rng):
+    """An epoch's anchors (G, 4), groups of a class in random order, and all images of such classes.
+
+    Classes of fewer than 4 images take no part. All others have the same number of images in an
+    epoch, of which the first epoch_size are taken. rng: numpy's Generator.
+    """
+    labels = np.asarray(labels)
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    classes = [images for images in classes if len(images) >= 4]
+    if len(classes) < 2:
+        raise UserError(
+            f"{len(classes)} training classes have 4 images: triplets need two such ones"
+        )
+    count = min(map(len, classes)) // 4 * 4
+    groups = [rng.permutation(images)[:count].reshape(-1, 4) for images in classes]
+    groups = rng.permutation(np.concatenate(groups))
+    return groups[: max(1, epoch_size // 4)], np.concatenate(classes)
+
+
+def mine(net, dataset, epoch, options):
+    """An epoch's rows (R, 1 + M), this process's share: anchors and their negatives (Sec. 3.2).
+
+    Negatives come from a random pool of the training images, as the network embeds them now.
+    """
+    rng = np.random.default_rng((options.seed, epoch))
+    groups, candidates = draw_groups(dataset.labels, options.epoch_size, rng)
+    groups = groups[: len(groups) // process_count() * process_count()]
+    anchors, pool = groups.flatten(), rng.permutation(candidates)[:POOL]
+    images, place = np.unique(np.concatenate([anchors, pool]), return_inverse=True)
     device = find_device(options.device)
-    options.device, options.precision = str(device), set_precision(options.precision, device)
-    options.validation = held_back(options.validation, options.dataset, options.root, *nets)
-    options.training_images, _ = (len(load_split(options, part)) for part in ("train", "test"))  # both whole
-    return options, nets
+    how = {"workers": options.workers, "precision": options.precision}
+    embeddings = extract(net, dataset.subset(images), options.size, device, **how).to(device)
+    embeddings = embeddings[torch.from_numpy(place)]
+    labels = torch.tensor(dataset.labels, device=device)
+    negatives = draw_negatives(
+        embeddings[: len(anchors)],
+        embeddings[len(anchors) :],
+        labels[anchors],
+        labels[pool],
+        NEGATIVES,
+        torch.Generator(device).manual_seed(options.seed + epoch),
+    )
+    rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
+    rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M); another card may draw others
+    return rows.view(-1, 4, 1 + NEGATIVES)[process_rank() :: process_count()].flatten(0, 1)
 
-def load_split(options, part="train"):  # the images of a run's training, or of its test
-    split = {"train": "fit", "test": "val"}[part] if options.validation else part
-    return load_dataset(options.dataset, options.root, split)
 
-def new_network(options, pooling, size):  # that a run starts from, held to the size it will see
+# ------------------------------------------------------------ what teacher and student runs share
+
+
+class Run:
+    """A run: optimizer, schedule, log, and a checkpoint after each epoch, from which it goes on.
+
+    images     anchors or images that this process sees in an epoch
+    group      how many of them stay together in a micro-batch
+    teacher    fingerprint of the student's teacher
+    progress   shared with other runs, to which a step adds step_cost
+
+    Loss and gradients are sums over images, so that a step does not depend on how it is divided
+    into micro-batches: `micro_batch` images each, `accumulate` of them for a step.
+    """
+
+    def __init__(self, net, options, images, group=1, teacher=None, progress=None, step_cost=1):
+        self.net, self.options, self.teacher = net, options, teacher
+        self.device = find_device(options.device)
+        self.path = Path(options.out, "model.pt")
+        share = options.batch_size // process_count()
+        if options.batch_size % (group * process_count()) or options.micro_batch < group:
+            raise UserError(
+                f"--batch-size must be a multiple of {group * process_count()} ({group} stay "
+                f"together, {process_count()} processes), and --micro-batch at least {group}"
+            )
+        sizes = range(group, min(options.micro_batch, share) + 1, group)
+        self.micro_batch = max(size for size in sizes if share % size == 0)
+        self.accumulate = share // self.micro_batch
+        self.images, self.steps = images, math.ceil(images / share)
+
+        saved = read_checkpoint(self.path) if self.path.exists() else {}
+        if saved:
+            refuse_other_options(saved["options"], options)
+            if saved["teacher"] != teacher:
+                raise UserError(
+                    f"{options.out} holds a student of another teacher: give another --out"
+                )
+        state = saved.get("training", {"epochs": 0, "log": []})
+        self.first_epoch, self.log = state["epochs"], state["log"]
+        net.load_state_dict(saved.get("state_dict", net.state_dict()))
+        net.to(self.device, memory_format=torch.channels_last)
+        learned = [*net.backbone.parameters(), *net.whiten.parameters()]
+        groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=1e-6)
+        self.optimizer.load_state_dict(state.get("optimizer", self.optimizer.state_dict()))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            max_lr=options.lr,
+            total_steps=options.epochs * self.steps,
+            div_factor=10,
+            last_epoch=self.first_epoch * self.steps - 1,
+        )
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        self.progress = progress or Progress(options.out, options.epochs * self.steps)
+        self.progress.skip(self.first_epoch * self.steps * step_cost)
+        self.step_cost = step_cost
+        self.begin_epoch()
+
+    def autocast(self):
+        return autocast(self.device, self.options.precision)
+
+    def begin_epoch(self):
+        epoch = len(self.log)
+        torch.manual_seed(self.options.seed + epoch)  # of dropout, the same after an interruption
+        self.loss, self.began = torch.zeros((), device=self.device), time.time()
+
+    def add_loss(self, loss):
+        self.loss += loss.detach()
+
+    def step(self):
+        """One step of optimizer and schedule, with the gradients of all processes added up."""
+        add_over_processes(*(p.grad for p in self.net.parameters() if p.grad is not None))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        last = f", loss {self.log[-1]['loss']:.4g}" if self.log else ""
+        note = f", epoch {len(self.log) + 1} of {self.options.epochs}{last}"
+        self.progress.advance(self.step_cost, note)
+
+    def end_epoch(self, epoch):
+        """Log the epoch and write the checkpoint from which the same command goes on."""
+        add_over_processes(self.loss)
+        average_statistics(self.net)
+        seconds, images = time.time() - self.began, self.images * process_count()
+        loss = self.loss.item() / images
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite in epoch {epoch}: take a smaller --lr")
+        entry = {"epoch": epoch, "loss": loss, "lr": self.schedule.get_last_lr()[0]}
+        entry |= {"seconds": seconds, "images_per_s": images / seconds}
+        if self.device.type == "cuda":
+            entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.log.append(entry)
+        if process_rank() == 0:
+            state = {"epochs": epoch + 1, "log": self.log, "optimizer": self.optimizer.state_dict()}
+            options = vars(self.options)
+            about = {"options": options, "teacher": self.teacher, "training": state}
+            save_checkpoint(self.path, self.net, **about)
+            lines = [json.dumps(entry) for entry in self.log]
+            self.path.with_name("log.jsonl").write_text("\n".join(lines) + "\n")
+            versions = {name: sys.modules[name].__version__ for name in ("torch", "numpy", "PIL")}
+            how = {"command": sys.argv, "options": options, "versions": versions}
+            self.path.with_name("options.json").write_text(json.dumps(how, indent=1))
+        self.begin_epoch()
+
+
+MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "classes"}
+
+
+def refuse_other_options(saved, options):
+    """Raise UserError where a folder holds a run with other options."""
+    changed = [
+        f"--{name.replace('_', '-')} {saved[name]}, now {value}"
+        for name, value in vars(options).items()
+        if name not in MAY_CHANGE and name in saved and saved[name] != value
+    ]
+    if changed:
+        raise UserError(
+            f"{options.out} holds another run ({'; '.join(changed)}): give another --out"
+        )
+
+
+def new_network(options, pooling, size):
+    """The network that a run starts from, with its `size`."""
     torch.manual_seed(options.seed)
-    weights = {"imagenet": True, "random": False, "teacher": False}.get(options.weights, options.weights)
-    net = EmbeddingNet(options.arch, pooling, options.dim, weights)
+    pretrained = {"imagenet": True, "random": False}.get(options.weights, options.weights)
+    net = EmbeddingNet(options.arch, pooling, options.dim, pretrained)
     net.size = size
     try:
         net.eval()(torch.zeros(1, 3, size, size))
     except RuntimeError as error:
-        raise ValueError(f"{size} px is too small for {options.arch}") from error
+        raise UserError(f"{size} px is too small for {options.arch} ({error!r:.100})") from error
     return net
 
-def find_run(options):
-    """The checkpoint, or {}, in `options.out`, by default the first of runs/NAME, NAME-2, ... not taken."""
-    source = Path(options.root).name if options.dataset == "folder" else options.dataset
-    sizes = options.size if "size" in options else f"{options.teacher_size}to{options.student_size}"
-    asked, stem = options.out, f"runs/{source}-{sizes}-seed{options.seed}"
-    ours = {name: value for name, value in vars(options).items() if name not in MOVABLE}.items()
-    for number in itertools.count(1):
-        options.out = asked or f"{stem}-{number}".removesuffix("-1")
-        path = Path(options.out, "model.pt")
-        saved = read_checkpoint(path) if path.exists() else {}
-        theirs = saved.get("options", {}).items()
-        if not saved or ours <= theirs:
-            return saved
-        refuse(asked, f"{asked} belongs to another run, not with {dict(ours - theirs)}: give another --out")
 
-@contextlib.contextmanager
-def running(options):
-    """Own the run's folder, or raise ValueError: its checkpoint, its log, and a list of wishes to stop."""
-    saved, wishes = find_run(options), []
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    log = open(Path(options.out, "log.jsonl"), "a")
-    try:
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl  # a lock lasts until the process ends, however it does; workers do not inherit it
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, PROCESSES["rank"])  # of a byte each
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"another program is at work in {options.out}: give another --out") from error
-    add_up(torch.zeros(1))  # all processes have read before process 0 writes
-    wish = lambda number, _: wishes.append(signal.signal(number, signal.default_int_handler))
-    with contextlib.ExitStack() as stack:  # Ctrl-C is a wish, the second one does not wait for the step
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, wish))
-        yield saved, log, wishes
+def load_training_images(options):
+    """The readable images that a run trains on. Those it is measured on are checked, too."""
+    training, test = (
+        load_split(options.dataset, options.root, part, options.unlabelled, options.classes)
+        for part in (("fit", "val") if options.validation else ("train", "test"))
+    )
+    if test.labels is not None and len(set(test.labels)) == len(test.labels):
+        raise UserError(f"no test class of {options.dataset} has two images to find each other")
+    keep_readable(test, options.workers)
+    return keep_readable(training, options.workers)
 
-def fit(net, count, rows_for, batches, losses, names, options):
-    """Train `net` in `options.out`, or continue, on a CPU to the same bits, or load it. -> it in eval mode.
 
-    rows_for(epoch)              image indices (count, ...); `options.batch` of these rows are a step
-    batches(epoch, rows, parts)  the views, a tuple, of one slice of the rows, flat, after another
-    losses(*views)               the terms (T,) of a slice, `names` theirs: sums over rows, so slices add up
-    """
-    with running(options) as (saved, log, wishes):
-        net.load_state_dict(saved.get("state_dict", net.state_dict()))
-        net.to(options.device, memory_format=torch.channels_last)
-        if saved and not saved.get("training"):
-            return net.eval()
-        state = saved.get("training", {"step": 0})
-        steps = [cut(step, options.forward) for step in cut(slice(0, count), options.batch)]
-        own = slice(PROCESSES["rank"], None, PROCESSES["count"])  # of the slices of a step
-        groups = [{"params": [*net.backbone.parameters(), *net.whiten.parameters()]},
-                  {"params": net.pool.parameters(), "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=1e-6)
-        optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(steps),
-                                                       div_factor=10, last_epoch=state["step"] - 1)
-        began = time.time(), state["step"]
-        saved_at = save(net, optimizer, schedule, state, options)  # now a full disk shows
-        while schedule.last_epoch < schedule.total_steps:
-            epoch, first = divmod(schedule.last_epoch, len(steps))
-            if first == 0:
-                state.update(epoch=epoch, rows=rows_for(epoch), sums=torch.zeros(len(names)))
-            net.train(statistics=epoch < SETTLED * options.epochs)
-            rows, each = state["rows"].flatten(), state["rows"][0].numel()
-            parts = [slice(each * p.start, each * p.stop) for step in steps[first:] for p in step[own]]
-            terms = itertools.starmap(losses, batches(epoch, rows, parts))
-            for step in steps[first:]:
-                torch.manual_seed(options.seed + schedule.last_epoch)  # dropout's, the same after a resume
-                sums = torch.tensor([0.0] * len(names) + [len(wishes)], device=options.device)
-                sums = take_step(net, optimizer, itertools.islice(terms, len(step[own])), sums)
-                schedule.step()
-                state["sums"] += sums[:-1]
-                report(state, names, step[-1].stop, schedule, began, log, options)
-                if sums[-1] or step is steps[-1] or time.time() - saved_at > 60 * MINUTES:
-                    saved_at = save(net, optimizer, schedule, state, options)
-                if sums[-1]:
-                    raise KeyboardInterrupt(f"saved after step {state['step']}: the same command continues")
-        return net.eval()
+# --------------------------------------------------------------------------- options, the program
 
-def cut(rows, size):  # 0:9 by 4 is 0:4, 4:9: batch-norm needs two rows, so a lone one joins
-    ends = [*range(rows.start + size, rows.stop - 1, size), rows.stop]
-    return list(map(slice, [rows.start, *ends], ends))
 
-def take_step(net, optimizer, terms, sums):
-    """One optimizer step on the terms (T,) of some slices. -> `sums` (T+1,) with theirs, of all processes."""
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # a process without a slice adds nothing
-    for values in terms:
-        values.sum().backward()
-        sums[:-1] += values.detach()
-    statistics = [value for layer in net.modules() if isinstance(layer, BATCHNORM) and layer.training
-                  for value in (layer.running_mean, layer.running_var)]
-    gradients = [parameter.grad for parameter in net.parameters()]
-    add_up(sums, *statistics, *gradients)
-    for value in statistics:  # of batch-norm that trains: their mean over the processes
-        value /= PROCESSES["count"]
-    sums[0] += 0 * torch.nn.utils.get_total_norm(gradients)  # if they are not finite, nor is the loss
-    optimizer.step()
-    return sums.cpu()  # the one wait for the device
+HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
 
-def save(net, optimizer, schedule, state, options):
-    """Process 0 writes the run's folder, with the state to go on from until it is done. -> the time."""
-    state.update(step=schedule.last_epoch, optimizer=optimizer.state_dict())
-    if PROCESSES["rank"] == 0:
-        versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy", "PIL")}
-        about = {"command": sys.argv, "options": vars(options), "python": sys.version, **versions}
-        Path(options.out, "options.json").write_text(json.dumps(about, indent=1))
-        training = state if state["step"] < schedule.total_steps else None
-        save_checkpoint(Path(options.out, "model.pt"), net, options=vars(options), training=training)
-    return time.time()
 
-def report(state, names, seen, schedule, began, log, options):
-    """Log an epoch at its end; print it so far, and the time left at the pace since `began`: (time, step)."""
-    done, total = schedule.last_epoch, schedule.total_steps
-    pace = (time.time() - began[0]) / (done - began[1])  # seconds a step
-    entry = {"epoch": state["epoch"], "step": done, **dict(zip(names, (state["sums"] / seen).tolist())),
-             "lr": schedule.get_last_lr()[0], "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30,
-             "images_per_s": state["rows"].numel() * options.epochs / total / pace,
-             "minutes_left": pace * (total - done) / 60}
-    line = f"{options.out} {done}/{total}: " + ", ".join(f"{name} {x:.6g}" for name, x in entry.items())
-    refuse(not state["sums"].isfinite().all(), f"the loss is not finite: {line}; model.pt is from before")
-    if PROCESSES["rank"] == 0 and seen == len(state["rows"]):
-        print(json.dumps(entry), file=log, flush=True)
-    end = "\n" if done % 50 == 0 or done == total else "\033[K\r"
-    if PROCESSES["rank"] == 0 and (end == "\n" or sys.stderr.isatty()):
-        print(line, end=end, file=sys.stderr, flush=True)
+def positive_int(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
 
-def draw_groups(dataset, most, generator):
-    """An epoch's anchors (R,), R <= `most`: groups of 4 of a class, shuffled; all images of such classes."""
-    labels = torch.tensor(dataset.labels)
-    classes = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
-    large = [images for images in classes if len(images) >= 4]
-    refuse(len(large) < 2, f"{len(large)} training classes have 4 images: triplets need two such classes")
-    count = min(map(len, large)) // 4 * 4
-    groups = torch.cat([m[torch.randperm(len(m), generator=generator)[:count]].view(-1, 4) for m in large])
-    groups = groups[torch.randperm(len(groups), generator=generator)]
-    return groups[:most // 4].flatten(), torch.cat(large).sort().values
 
-def mine(net, dataset, decode, epoch, options):
-    """An epoch's rows (R, 1+M): anchors and negatives, by what the network makes of a pool of images now."""
-    draw, device = seeded(options.seed, epoch, 0), options.device
-    anchors, large = draw_groups(dataset, options.images, draw)
-    pool = large[torch.randperm(len(large), generator=draw)[:POOL]]
-    rows, place = torch.cat([anchors, pool]).unique(return_inverse=True)
-    e = extract(net, dataset, options.size, device, options.forward * (1 + NEGATIVES),
-                precision=options.precision, rows=rows, decode=decode)
-    own, others = e.to(device)[place].split([len(anchors), len(pool)])  # (R, D), (N, D)
-    labels = torch.tensor(dataset.labels, device=device)
-    drawn = draw_negatives(own, others, labels[anchors], labels[pool], NEGATIVES,
-                           generator=seeded(options.seed, epoch, 1, device=device))
-    rows = torch.cat([anchors[:, None], pool[drawn.cpu()]], dim=1)
-    add_up(rows.mul_(PROCESSES["rank"] == 0))  # another card may draw otherwise
-    return rows
+def not_negative(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
 
-def train(options):
-    """Train the network that `options` describe, or continue, or load it. -> EmbeddingNet in eval mode."""
-    refuse(options.batch < 8 or options.batch % 4 or options.forward % 4 or options.images < 4,
-           "--batch and --forward are multiples of 4, a batch has at least two groups of 4, --images one")
-    dataset = load_split(options)
-    anchors, _ = draw_groups(dataset, options.images, seeded(0))
-    net = new_network(options, options.pooling, options.size)
-    views = Views(dataset, [options.size], least=options.crop, seed=options.seed, device=options.device,
-                  workers=options.workers)
-    others = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]], device=options.device)  # of a group
-    rows_for = lambda epoch: mine(net, dataset, views.decode, epoch, options)
 
-    def losses(images):  # (R*(1+M), 1, 3, s, s)
-        e = embed(net, images, options.precision).view(-1, 1 + NEGATIVES, net.dim)  # (R, 1+M, D)
-        anchors = e[:, 0]  # (R, D)
-        positives = anchors.unflatten(0, (-1, 4))[:, others].flatten(0, 1)  # (R, 3, D)
-        return triplet_loss(anchors, positives, e[:, 1:], MARGIN)[None]
-    return fit(net, len(anchors), rows_for, views.epoch, losses, ["triplet"], options)
+def positive_float(text):
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return float(text)
 
-def main(argv=None):
-    options, _ = parse("teacher", __doc__.split("\n\n")[0], argv)
-    trade_off(train(options), [], load_split(options, "test"), device=options.device,
-              workers=options.workers, precision=options.precision)
+
+def share(text):
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
+def add_common_options(parser):
+    """The options that train.py and distill.py share. (*): the default depends on the data set."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        help="cub, cars, sop, synthetic or a folder (default: synthetic, or the teacher's)",
+    )
+    add("--root", help="where the data set is (default: here, or where the teacher found it)")
+    add("--out", help="folder of the run (default: a name in runs/)")
+    add("--arch", help="network of torchvision, timm/NAME or resnet10 (*)")
+    add("--weights", help="to start from: imagenet, random, a file; of a student also: teacher (*)")
+    add("--dim", type=not_negative, help="dimensions of an embedding; 0: without whitening (*)")
+    add("--epochs", type=positive_int, help="(*)")
+    add(
+        "--epoch-size",
+        type=positive_int,
+        default=8000,
+        help="most images of an epoch (%(default)s)",
+    )
+    add(
+        "--batch-size", type=positive_int, help="images (teacher: anchors) of an optimizer step (*)"
+    )
+    add("--micro-batch", type=positive_int, help="of a forward pass: less memory, same result (*)")
+    add("--lr", type=positive_float, help="learning rate at its peak (*)")
+    add("--min-scale", type=share, help="smallest share of an image's area in a crop (*)")
+    add(
+        "--validation",
+        action="store_true",
+        help="measure on the second half of the training classes",
+    )
+    add("--seed", type=not_negative, default=1234, help="(%(default)s)")
+    add("--workers", type=not_negative, default=default_workers(), help="that decode (one a core)")
+    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    add(
+        "--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)"
+    )
+
+
+def describe_recipes(recipes):
+    """The defaults that depend on the data set as a table for --help."""
+    lines = ["(*) defaults by data set:"]
+    lines.append(" " * 15 + "".join(f"{dataset:>17}" for dataset in recipes))
+    for name in next(iter(recipes.values())):
+        values = "".join(f"{recipe[name]!s:>17}" for recipe in recipes.values())
+        lines.append(f"--{name.replace('_', '-'):13}{values}")
+    return "\n".join(lines)
+
+
+def fill_in(options, recipes):
+    """What the command line leaves open is as in the data set's recipe."""
+    if options.dataset.lower() in recipes:
+        options.dataset = options.dataset.lower()
+    else:
+        options.dataset = str(Path(options.dataset).expanduser().absolute())
+    for name, value in recipes.get(options.dataset, recipes["folder"]).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.root:
+        options.root = str(Path(options.root).expanduser().absolute())
+
+
+def settle_classes(options):
+    """The classes of a folder that train stay the same, whatever is added to the folder later."""
+    path = Path(options.out, "model.pt")
+    if not options.classes and path.exists():
+        options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
+    if not options.classes:
+        split = load_split(options.dataset, options.root, "train", options.unlabelled)
+        options.classes = class_counts(split)
+
+
+def parse_options(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=describe_recipes(RECIPES),
+        formatter_class=HELP_FORMAT,
+        usage="%(prog)s [options]",
+    )
+    add_common_options(parser)
+    parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
+    parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
+    options = parser.parse_args(argv)
+    options.dataset = options.dataset or "synthetic"
+    fill_in(options, RECIPES)
+    name = Path(options.dataset).name
+    options.out = options.out or f"runs/{name}-{options.size}-seed{options.seed}"
+    options.out = str(Path(options.out).expanduser())
+    options.unlabelled, options.classes = False, {}
+    settle_classes(options)
+    return options
+
+
+def main():
+    options = parse_options()
+    net = train(options)
+    test = load_split(
+        options.dataset,
+        options.root,
+        "val" if options.validation else "test",
+        trained=options.classes,
+    )
+    how = {"workers": options.workers, "device": options.device, "precision": options.precision}
+    compare(net, [], keep_readable(test, options.workers), **how)
+    say(f"network: {options.out}/model.pt")
+
 
 if __name__ == "__main__":
-    run_command(main)
+    run_program(main, mistakes=(NetworkError,))
