@@ -812,10 +812,11 @@ def broadcast(tensor):
 
 def average_statistics(net):
     """Batch-norm that trains has other statistics in each process: take their mean, in place."""
-    statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
-    add_over_processes(*statistics)
-    for buffer in statistics:
-        buffer /= process_count()
+    if process_count() > 1 and not net.frozen_batchnorm:
+        for name, buffer in net.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                distributed.all_reduce(buffer)
+                buffer /= process_count()
 
 
 def find_device(name=None):
@@ -851,9 +852,10 @@ def say(*lines):
 class Progress:
     """One line on the terminal: what is going on, how much of it is done, and the time left."""
 
-    def __init__(self, title, total):
-        self.title, self.total, self.done = title, total, 0
-        self.began = self.shown = time.time()
+    def __init__(self, title, total, announce=False):
+        self.title, self.total, self.announce = title, total, announce
+        self.done, self.began = 0, time.time()
+        self.shown = self.began
 
     def skip(self, amount):
         """`amount` of the total was done before: it says nothing of the pace."""
@@ -862,14 +864,21 @@ class Progress:
     def advance(self, amount=1, note=""):
         """`amount` of the total is done. Where there is no terminal, a line every half minute."""
         self.done += amount
+        if process_rank() > 0:
+            return
         terminal, now, last = sys.stderr.isatty(), time.time(), self.done >= self.total
-        if process_rank() > 0 or (now - self.shown < (0.2 if terminal else 30) and not last):
+        elapsed = now - self.began
+        left = elapsed * (self.total / self.done - 1)
+        if self.announce and elapsed > 5:
+            say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
+            self.announce = False
+        soon = now - self.shown < (0.2 if terminal else 30) and not last
+        if soon or (last and elapsed < 5):  # nor is what was so short worth a line
             return
         self.shown = now
-        left = (now - self.began) * (self.total / self.done - 1)
         line = f"{self.title}: {self.done / self.total:4.0%}{note}, {format_time(left)} left"
         if last:
-            line = f"{self.title}: done{note}, in {format_time(now - self.began)}"
+            line = f"{self.title}: done{note}, in {format_time(elapsed)}"
         start, end = ("\r", "\033[K") if terminal else ("", "\n")
         print(start + line, end=end + "\n" * (last and terminal), file=sys.stderr, flush=True)
 

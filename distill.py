@@ -179,7 +179,7 @@ def miniature(options):
     total = step_costs["labels"] / labels_options.batch_size * images * labels_options.epochs
     total += step_costs["teacher"] / teacher_options.batch_size * images * teacher_options.epochs
     total += view_cost * passes
-    progress = Progress("labels, teacher, student", total)
+    progress = Progress("", total, announce=True)
 
     t, s = options.teacher_size, options.student_size
     say(

@@ -220,27 +220,24 @@ def evaluation_loader(dataset, size, batches, workers, device):
 
 
 @torch.no_grad()
-def extract(
-    net, dataset, size, device=None, batch_size=32, workers=0, precision="float32", title=None
-):
+def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32"):
     """Embeddings (N, D), float32, on the CPU, of a data set's evaluation crops of `size` px.
 
-    net goes to the device, in eval mode. title: shown with progress. Processes share the images.
-    Raises UserError for an image that cannot be read.
+    net goes to the device, in eval mode. Processes share the images. Raises UserError for an image
+    that cannot be read.
     """
     device = find_device(device)
     net = net.to(device).eval()
     embeddings = torch.zeros(len(dataset), net.dim)
     batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(batch_size)]
     batches = batches[process_rank() :: process_count()]
-    progress = Progress(title, len(batches))
+    progress = Progress(f"{len(dataset)} images, {size} px", len(batches))
     loader = evaluation_loader(dataset, size, batches, workers, device)
     for rows, crops in zip(batches, loader, strict=True):
         images = normalize(crops.to(device, non_blocking=True) / 255)
         with autocast(device, precision):
             embeddings[rows] = net(images).cpu()
-        if title:
-            progress.advance()
+        progress.advance()
     add_over_processes(embeddings)  # the rows of others are 0 here
     return embeddings
 
@@ -315,9 +312,7 @@ def compare_unlabelled(teacher, student, dataset, photographs, device=None, figu
     """
     device = find_device(device)
     everything = ImageDataset(dataset.paths + photographs.paths)
-    database = extract(teacher, everything, teacher.size, device, title="database", **how).to(
-        device
-    )
+    database = extract(teacher, everything, teacher.size, device, **how).to(device)
     rows, captions = [], {f"teacher\n{teacher.size} px": database[: len(dataset)]}
     for name, net, size in (
         ("teacher", teacher, teacher.size),
@@ -433,7 +428,7 @@ def build_index(teacher, folder, path, **how):
     if not len(found):
         raise UserError(f"no images below {folder}")
     dataset = keep_readable(found, how.get("workers", 0))
-    embeddings = extract(teacher, dataset, teacher.size, title="images embedded", **how)
+    embeddings = extract(teacher, dataset, teacher.size, **how)
     index = {
         "embeddings": embeddings,
         "paths": [os.path.relpath(name, folder) for name in dataset.paths],
@@ -453,21 +448,24 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
     refuse_stranger(index, content["network"], student, teacher_fingerprint)
     embeddings, paths = content["embeddings"], content["paths"]
-    rows = []
+    readable = []
     for path in images:
         try:
-            query = ImageDataset([path])[0]
+            read_image(path)
+            readable.append(path)
         except UserError as error:
             say(str(error))
-            continue
-        queries = extract(student, ImageDataset([path]), student.size, **how)
-        scores, found = knn(queries, embeddings, top)
-        files = [os.path.join(content["folder"], paths[i]) for i in found[0].tolist()]
-        say(path, *(f"  {score:.4f}  {file}" for score, file in zip(scores[0], files, strict=True)))
+    if not readable:
+        raise UserError("no query can be read")
+    queries = extract(student, ImageDataset(readable), student.size, **how)
+    rows = []
+    for path, scores, found in zip(readable, *knn(queries, embeddings, top), strict=True):
+        files = [os.path.join(content["folder"], paths[i]) for i in found.tolist()]
+        say(path, *(f"  {score:.4f}  {file}" for score, file in zip(scores, files, strict=True)))
         if figure:
-            crops = [(evaluation_crop(read_image(file), 448), None) for file in files]
-            rows.append((evaluation_crop(query, student.size), [("", crops)]))
-    if figure and rows:
+            answers = [(evaluation_crop(read_image(file), 120), None) for file in files]
+            rows.append((evaluation_crop(read_image(path), student.size), [("", answers)]))
+    if figure:
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
 
@@ -569,7 +567,7 @@ def main():
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     root = options.root or (saved.get("root") if name == saved.get("dataset") else None)
-    unlabelled = options.unlabelled or (saved.get("unlabelled") and name == saved.get("dataset"))
+    unlabelled = options.unlabelled or (not options.dataset and saved.get("unlabelled", False))
     split = "val" if options.validation or saved.get("validation") else "test"
     dataset = load_split(name, root, split, unlabelled, saved.get("classes"))
     dataset = keep_readable(dataset, options.workers)

@@ -164,24 +164,12 @@ class Run:
         self.net, self.options, self.teacher = net, options, teacher
         self.device = find_device(options.device)
         self.path = Path(options.out, "model.pt")
-        share = options.batch_size // process_count()
-        if options.batch_size % (group * process_count()) or options.micro_batch < group:
-            raise UserError(
-                f"--batch-size must be a multiple of {group * process_count()} ({group} stay "
-                f"together, {process_count()} processes), and --micro-batch at least {group}"
-            )
-        sizes = range(group, min(options.micro_batch, share) + 1, group)
-        self.micro_batch = max(size for size in sizes if share % size == 0)
-        self.accumulate = share // self.micro_batch
-        self.images, self.steps = images, math.ceil(images / share)
+        self.micro_batch, self.accumulate = divide_batch(options, group)
+        self.images = images
+        self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
 
         saved = read_checkpoint(self.path) if self.path.exists() else {}
-        if saved:
-            refuse_other_options(saved["options"], options)
-            if saved["teacher"] != teacher:
-                raise UserError(
-                    f"{options.out} holds a student of another teacher: give another --out"
-                )
+        refuse_other_run(saved, options, teacher)
         state = saved.get("training", {"epochs": 0, "log": []})
         self.first_epoch, self.log = state["epochs"], state["log"]
         net.load_state_dict(saved.get("state_dict", net.state_dict()))
@@ -253,17 +241,35 @@ class Run:
 MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "classes"}
 
 
-def refuse_other_options(saved, options):
-    """Raise UserError where a folder holds a run with other options."""
+def refuse_other_run(saved, options, teacher):
+    """Raise UserError where a folder holds a run with other options, or of another teacher."""
     changed = [
-        f"--{name.replace('_', '-')} {saved[name]}, now {value}"
-        for name, value in vars(options).items()
-        if name not in MAY_CHANGE and name in saved and saved[name] != value
+        f"--{name.replace('_', '-')} {value}, now {getattr(options, name)}"
+        for name, value in saved.get("options", {}).items()
+        if name not in MAY_CHANGE and hasattr(options, name) and value != getattr(options, name)
     ]
+    if saved and saved.get("teacher") != teacher:
+        changed.append("another --teacher")
     if changed:
         raise UserError(
             f"{options.out} holds another run ({'; '.join(changed)}): give another --out"
         )
+
+
+def divide_batch(options, group):
+    """(images of a micro-batch, micro-batches of a step) in each process; groups stay together.
+
+    The largest micro-batches that divide a step evenly: all are then of one size.
+    """
+    together = group * process_count()
+    if options.batch_size % together:
+        raise UserError(f"--batch-size {options.batch_size} must be a multiple of {together}")
+    if options.micro_batch < group:
+        raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
+    share = options.batch_size // process_count()
+    sizes = range(group, min(options.micro_batch, share) + 1, group)
+    micro_batch = max(size for size in sizes if share % size == 0)
+    return micro_batch, share // micro_batch
 
 
 def new_network(options, pooling, size):
