@@ -64,7 +64,8 @@ class EmbeddingNet(nn.Module):
 
     Backbone, pooling, L2, linear whitening, L2 (Sec. 3.1). Views (B, A, 3, H, W) give (B, A, D).
 
-    arch        a torchvision convolutional classifier, "timm/NAME" (needs timm), or "resnet10"
+    arch        a torchvision convolutional classifier, "timm/NAME" (needs timm), or "resnet10", a
+                basic block a stage ("resnet10-narrow": half as wide)
     pooling     "gem", "gemmp" (one p for each channel), "mac" (maximum) or "spoc" (mean)
     dim         D; 0: without whitening, D is then the number C of the backbone's channels
     pretrained  True: ImageNet weights; False: random weights; a path: a file of weights for `arch`
@@ -122,9 +123,10 @@ class EmbeddingNet(nn.Module):
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
         features = self.backbone(x)  # (B, C, h, w)
-        with torch.autocast(features.device.type, enabled=False):  # the head is always float32
+        with torch.autocast(features.device.type, enabled=False):  # the head in float32
             x = F.normalize(self.pool(features.float()).flatten(1))  # (B, C)
-            x = F.normalize(self.whiten(x.to(images.dtype)).float())  # (B, D)
+            x = self.whiten(x.to(images.dtype))  # in half precision only after net.half()
+            x = F.normalize(x.float())  # (B, D)
         return x.unflatten(0, images.shape[:-3])
 
 
@@ -236,7 +238,10 @@ def count_channels(backbone, arch):
     for parameter in backbone.parameters():
         image = image.to(parameter)  # its device and dtype
         break
-    features = backbone.eval()(image)
+    try:
+        features = backbone.eval()(image)
+    except Exception as error:  # layers that do not follow one another, as a transformer's
+        raise NetworkError(f"{arch} has no convolutional feature map ({error!r:.200})") from error
     backbone.train(training)
     shape = tuple(getattr(features, "shape", ()))
     if len(shape) != 4 or shape[2] != shape[3]:  # (B, h, w, C), tokens, or several outputs
@@ -302,19 +307,18 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     Unit vectors (Q, D) and (N, D), labels (Q,) and (N,) -> (Q, N), rows sum to 1, with 0 for the
     anchor's own class. Uniform points on the sphere have distances d to the anchor of density
     q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). A weight of 1/q(d), d >= 0.5, makes all distances equally
-    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others. Weights are
-    taken relative to the largest, and to at least 1 as in the authors' code, where the own class
-    counts with log-weight 0: so weights that are all tiny are not blown up beside the 1e-6.
+    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others.
     Raises ValueError where an anchor has no negative.
     """
     dim = anchors.shape[1]
     own_class = anchor_labels[:, None] == pool_labels  # (Q, N)
     if own_class.all(1).any():
         raise ValueError("an anchor has no negatives in the pool")
-    d_squared = (2 - 2 * anchors @ pool.T).clamp(
-        0.5**2, 4 - 1e-6
-    )  # (Q, N); at d = 2, 1/q is infinite
+    # At d = 2 the weight is infinite: 4 - 1e-6 stays below it.
+    d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
+    # The own class counts with log-weight 0 in the maximum, as in the authors' code: where all
+    # others weigh less than 1 they are not scaled up beside the 1e-6.
     log_weight = log_weight.masked_fill(own_class, 0)
     weight = (log_weight - log_weight.amax(1, keepdim=True)).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -340,10 +344,10 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator
 
 
 def save_checkpoint(path, net, **extra):
-    """Write an EmbeddingNet in the authors' format, or leave the file that is there as it is.
+    """Write an EmbeddingNet in the authors' format, atomically.
 
-    net may be wrapped by torch.compile or DataParallel. extra: more entries of plain values and
-    tensors. Raises OSError where the file cannot be written.
+    net may be wrapped by torch.compile or DataParallel. extra: more entries, of plain values and
+    tensors. Raises OSError where the file cannot be written; a previous one is then untouched.
     """
     while not isinstance(net, EmbeddingNet):
         net = net.module if hasattr(net, "module") else net._orig_mod
@@ -362,7 +366,7 @@ def save_checkpoint(path, net, **extra):
 
 
 def save_atomically(path, content):
-    """torch.save to a file of its own, which then takes the place of `path`, whole or not."""
+    """torch.save to a temporary file, which then replaces `path` in one step."""
     folder, name = os.path.split(os.path.abspath(path))
     file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False)
     try:
@@ -380,17 +384,15 @@ def read_checkpoint(path_or_name):
     Only plain data is read, so that a stranger's file runs no code. Raises NetworkError for others.
     """
     path = str(path_or_name)
+    # The authors keep a numpy float, pickled under numpy 2's or numpy 1's name.
+    scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(x)) for x in ("f4", "f8", "i8")]
+    numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
     try:
         if path in RELEASED:
             path = download_released(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("its checksums are wrong")
-        dtypes = [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-        scalar = (
-            np._core.multiarray.scalar
-        )  # the authors keep a numpy float; also by numpy 1's name
-        numpy_types = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
-        with torch.serialization.safe_globals(numpy_types):
+        with torch.serialization.safe_globals(numbers):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         raise NetworkError(f"{path} is not a readable checkpoint ({error!r:.200})") from error

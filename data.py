@@ -47,6 +47,10 @@ TURNS = {  # by the EXIF entry Orientation
 }
 
 
+# Formats that Pillow recognises, but leaves to other programs to draw.
+NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
 def read_image(path, max_pixels=None):
     """The RGB image that a viewer shows; one of more than max_pixels is shrunk while it is decoded.
 
@@ -84,26 +88,19 @@ def to_rgb(image):
 
 def list_images(folder):
     """Paths of the images anywhere below a folder, sorted, without hidden files and folders."""
-    Image.init()
-    drawn_by_others = {
-        "BUFR",
-        "EPS",
-        "GRIB",
-        "HDF5",
-        "MPEG",
-        "WMF",
-    }  # that Pillow knows by name only
-    formats = set(Image.OPEN) - drawn_by_others
-    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
     paths = []
     for parent, folders, files in os.walk(folder):  # does not follow links to folders
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = os.path.join(parent, name)
-            hidden = name.startswith(".")
-            if not hidden and Path(name).suffix.lower() in suffixes and os.path.isfile(path):
-                paths.append(path)
-    return sorted(paths)
+        paths += [os.path.join(parent, name) for name in files]
+    return sorted(path for path in paths if is_image(path))
+
+
+def is_image(path):
+    """Whether a file has the name of an image that Pillow reads, and is not hidden."""
+    Image.init()
+    name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
+    readable = Image.EXTENSION.get(suffix) in Image.OPEN.keys() - NOT_DRAWN
+    return readable and not name.startswith(".") and os.path.isfile(path)
 
 
 def evaluation_crop(image, size):
@@ -203,7 +200,8 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
                 classes, are for choosing settings
     unlabelled  any folder of photographs: every tenth by name is "test". A folder with images
                 directly in it is always taken so; any other has a sub-folder for each class
-    training_classes  names of a folder's classes that train; by default the first half of them
+    training_classes  names of a folder's classes that train; by default, and in a folder that has
+                none of them, the first half
 
     Raises UserError, which says what is expected.
     """
@@ -218,9 +216,9 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
         if unlabelled or has_images_directly(folder):
             return load_photographs(folder, split)
         dataset = load_class_folders(folder)
-        if training_classes is None:
-            training_classes = first_half(dataset.classes)
-        training = {dataset.classes.index(c) for c in training_classes if c in dataset.classes}
+        known_classes = set(training_classes or ()) & set(dataset.classes)
+        training_classes = known_classes or first_half(dataset.classes)
+        training = {dataset.classes.index(name) for name in training_classes}
     if training is not None:
         dataset = select_classes(dataset, training, inside=split != "test")
     if known in COUNTS:
@@ -246,7 +244,7 @@ def select_classes(dataset, labels, inside):
 
 
 def has_images_directly(folder):
-    return any(os.path.dirname(path) == os.path.normpath(folder) for path in list_images(folder))
+    return os.path.isdir(folder) and any(is_image(entry.path) for entry in os.scandir(folder))
 
 
 def load_photographs(folder, split):
@@ -338,7 +336,7 @@ def keep_readable(dataset, workers=0):
     )
     errors = [error for batch in checks for error in batch]
     rows = [i for i, error in enumerate(errors) if not error]
-    say(*filter(None, errors[:1000]))
+    say(*[error for error in errors if error][:1000])
     if len(rows) < len(dataset):
         say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be read and are left out")
     if len(rows) < 0.9 * len(dataset):
@@ -463,7 +461,8 @@ def distillation_loader(
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views of an image
-    mixup       mix each view with the same view of one of the last 200 images
+    mixup       mix each view with one of the last 200 images, under the same crop numbers, flip and
+                colours, by a weight from Beta(0.2, 0.2)
     min_scale   smallest share of an image's area in a crop
     epoch_size  most images of an epoch, drawn anew for each
 
@@ -522,10 +521,11 @@ class Draws(NamedTuple):
 
 
 def sample_views(images, pool, views, min_scale, mixup, rng):
-    """Draw `views` views of each of B images (3, H, W); a partner is any other image of the pool.
+    """Draw `views` views of each of B images (3, H, W).
 
-    The pool ends with the images themselves. A partner's crop comes from the same random numbers as
-    the image's, in the partner's own frame; flip and colours are the same. rng: numpy's Generator.
+    A view's partner is any other image of the pool, which ends with the B images themselves; an
+    image that is alone is its own. The partner's crop comes from the same random numbers, in its
+    own frame; flip and colours are the same. rng: numpy's Generator.
     """
     count = len(images) * views
     attempts = rng.random((count, 10, 4)).tolist()
@@ -533,17 +533,23 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     factors = torch.from_numpy(rng.uniform(*COLOR_RANGE, (count, 4))).float()
     order = rng.permutation(4).tolist()
     weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
-    others = rng.integers(max(1, len(pool) - 1), size=count).tolist()
     boxes, partners, partner_boxes = [], [], []
     for view in range(count):
-        image = images[view // views]
-        boxes.append(crop_box(attempts[view], *image.shape[1:], min_scale))
+        b = view // views
+        boxes.append(crop_box(attempts[view], *images[b].shape[1:], min_scale))
         if mixup:
-            own_place = len(pool) - len(images) + view // views
-            other = others[view] + (others[view] >= own_place)  # any but the image itself
-            partners.append(pool[min(other, len(pool) - 1)])
-            partner_boxes.append(crop_box(attempts[view], *partners[-1].shape[1:], min_scale))
+            partner = draw_partner(pool, len(pool) - len(images) + b, rng)
+            partners.append(partner)
+            partner_boxes.append(crop_box(attempts[view], *partner.shape[1:], min_scale))
     return Draws(boxes, flips, factors, order, partners, partner_boxes, weights)
+
+
+def draw_partner(pool, own_place, rng):
+    """Any image of the pool but the one at own_place, unless there is no other."""
+    if len(pool) == 1:
+        return pool[0]
+    place = rng.integers(len(pool) - 1)
+    return pool[place + 1 if place >= own_place else place]
 
 
 def crop_box(attempts, height, width, min_scale):
@@ -696,8 +702,13 @@ def random_crops(dataset, batches, size, min_scale, workers, device, rng):
     max_pixels = most_pixels_needed(size, min_scale)
     for packed in decoding_loader(dataset, batches, max_pixels, workers, device):
         images = to_images(packed, device)
-        draws = sample_views(images, [], 1, min_scale, mixup=False, rng=rng)
-        yield normalize(crop_and_resize(images, draws.boxes, draws.flips, size))
+        attempts = rng.random((len(images), 10, 4)).tolist()
+        flips = torch.from_numpy(rng.random(len(images)) < 0.5)
+        boxes = [
+            crop_box(numbers, *image.shape[1:], min_scale)
+            for numbers, image in zip(attempts, images, strict=True)
+        ]
+        yield normalize(crop_and_resize(images, boxes, flips, size))
 
 
 # ---------------------------------------------------------- the embedded data set: drawn eggs
@@ -831,10 +842,9 @@ def find_device(name=None):
 
 def autocast(device, precision):
     """The context of a forward pass: "auto" is bfloat16 where a GPU has it, float32 elsewhere."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 means it
     use = precision == "bfloat16"
     if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
 
 
@@ -872,15 +882,16 @@ class Progress:
         if self.announce and elapsed > 5:
             say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
             self.announce = False
-        soon = now - self.shown < (0.2 if terminal else 30) and not last
-        if soon or (last and elapsed < 5):  # nor is what was so short worth a line
+        if now - self.shown < (0.2 if terminal else 30) and not last:
             return
         self.shown = now
         line = f"{self.title}: {self.done / self.total:4.0%}{note}, {format_time(left)} left"
-        if last:
-            line = f"{self.title}: done{note}, in {format_time(elapsed)}"
-        start, end = ("\r", "\033[K") if terminal else ("", "\n")
-        print(start + line, end=end + "\n" * (last and terminal), file=sys.stderr, flush=True)
+        if last:  # what was short is not worth a line
+            line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+        if terminal:
+            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
 
 
 def format_time(seconds):
@@ -893,19 +904,22 @@ def run_program(main, mistakes=()):
 
     mistakes: exceptions of that kind beside UserError. Everything else shows its traceback.
     """
+    torch.backends.cudnn.allow_tf32 = False  # float32 means it
     sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
         start_processes()
         main()
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: take a smaller --micro-batch", file=sys.stderr)
+        print("error: out of GPU memory: smaller --micro-batch, or --device cpu", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, *mistakes) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on after the last whole epoch", file=sys.stderr)
+        print(
+            "\nstopped; training goes on after its last whole epoch: same command", file=sys.stderr
+        )
         sys.exit(130)
     finally:
         if distributed.is_initialized():

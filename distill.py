@@ -21,9 +21,7 @@ from data import (
     Progress,
     UserError,
     distillation_loader,
-    find_device,
     has_images_directly,
-    keep_readable,
     normalize,
     process_count,
     process_rank,
@@ -36,8 +34,6 @@ from evaluate import (
     evaluation_loader,
     extract,
     load_network,
-    load_split,
-    query_cost,
 )
 from train import Run, new_network, positive_int
 
@@ -55,13 +51,17 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGG
 # --------------------------------------------------------------------------------- distillation
 
 
-def distill(teacher, options, progress=None, step_cost=1):
+def distill(teacher, dataset, options, progress=None, step_cost=1):
     """Distil a student of the teacher, or go on with it. Returns it, in eval mode."""
-    dataset = train.load_training_images(options)
     student = new_student(teacher, options)
-    images = min(options.epoch_size, len(dataset)) // process_count()
-    how = {"teacher": fingerprint(teacher), "progress": progress, "step_cost": step_cost}
-    run = Run(student, options, images, **how)
+    run = Run(
+        student,
+        options,
+        images=min(options.epoch_size, len(dataset)) // process_count(),
+        teacher=fingerprint(teacher),
+        progress=progress,
+        step_cost=step_cost,
+    )
     teacher.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if options.regression:
         regress(teacher, student, dataset, run, options)
@@ -106,8 +106,8 @@ def regress(teacher, student, dataset, run, options):
 
     The teacher embeds all images once.
     """
-    how = {"workers": options.workers, "precision": options.precision}
-    targets = extract(teacher, dataset, options.teacher_size, run.device, **how).to(run.device)
+    size, workers = options.teacher_size, options.workers
+    targets = extract(teacher, dataset, size, run.device, workers=workers).to(run.device)  # (N, D)
     sampler = EpochSampler(len(dataset), options.epoch_size, options.seed)
     for epoch in range(run.first_epoch, options.epochs):
         sampler.set_epoch(epoch)
@@ -150,79 +150,68 @@ def new_student(teacher, options):
 
 def miniature(options):
     """Labels at the small size, the teacher, the student, and the table of all, on drawn eggs."""
-    common = ["--dataset", "synthetic", "--seed", options.seed, "--arch", options.arch]
-    common += ["--dim", options.dim, "--workers", options.workers, "--precision", options.precision]
-    common += ["--device", options.device] if options.device else []
-
-    def labelled(name, size):
-        argv = [*common, "--size", size, "--out", f"{options.out}/{name}"]
-        return train.parse_options([str(word) for word in argv])
-
-    teacher_options = labelled("teacher", options.teacher_size)
-    labels_options = labelled("labels", options.student_size)
-    images = len(train.load_training_images(options))  # all of them are anchors, and of an epoch
-    passes = images * options.views * options.epochs
-    labels_options.epochs = round(passes / (images * (1 + train.NEGATIVES)))
-
-    # The cost of a step in GFLOPs, for the time left; a backward pass costs two forward ones.
-    device, network = find_device(options.device), new_network(options, "gem", 64)
-    large, small = (
-        query_cost(network.to(device).eval(), size, device, options.precision)[0]
-        for size in (options.teacher_size, options.student_size)
-    )
-    view_cost = 3 * small + large
-    step_costs = {
-        "labels": 3 * small * labels_options.batch_size * (1 + train.NEGATIVES),
-        "teacher": 3 * large * teacher_options.batch_size * (1 + train.NEGATIVES),
-        "student": view_cost * options.batch_size * options.views,
-    }
-    total = step_costs["labels"] / labels_options.batch_size * images * labels_options.epochs
-    total += step_costs["teacher"] / teacher_options.batch_size * images * teacher_options.epochs
-    total += view_cost * passes
-    progress = Progress("", total, announce=True)
-
     t, s = options.teacher_size, options.student_size
+    training, test = train.load_images(options)
+    teacher_options = labelled_options(options, "teacher", t)
+    labels_options = labelled_options(options, "labels", s)
+    # An epoch has five passes for each image with labels, one for each view without.
+    labelled_passes = 1 + train.NEGATIVES
+    labels_options.epochs = round(options.epochs * options.views / labelled_passes)
+
+    # The time of a step goes with the pixels of its passes; a backward pass takes two forward ones.
+    step_costs = {
+        "labels": 3 * s**2 * labels_options.batch_size * labelled_passes,
+        "teacher": 3 * t**2 * teacher_options.batch_size * labelled_passes,
+        "student": (3 * s**2 + t**2) * options.batch_size * options.views,
+    }
+    total = 3 * s**2 * labelled_passes * labels_options.epochs
+    total += 3 * t**2 * labelled_passes * teacher_options.epochs
+    total += (3 * s**2 + t**2) * options.views * options.epochs
+    progress = Progress("", total * len(training), announce=True)
+
+    classes, others = len(set(training.labels)), len(set(test.labels))
     say(
-        f"The paper in miniature, on {images} drawn eggs of 120 classes, with a network that costs "
-        f"{large:.3f} GFLOPs at {t} px and {small:.3f} at {s} px:",
+        f"The paper in miniature, on {len(training)} drawn eggs of {classes} classes:",
         f"  1. labels at {s} px: the baseline, trained for as many image passes as the student",
         f"  2. the teacher: trained with labels at {t} px",
         f"  3. the student: learns without labels to embed at {s} px as the teacher does at {t} px",
-        "Then all images of 60 other classes are searched for each other.",
+        f"Then {len(test)} images of {others} other classes are searched for each other.",
     )
     progress.title = f"1. labels, {s} px"
-    labels = train.train(labels_options, progress, step_costs["labels"])
+    labels = train.train(training, labels_options, progress, step_costs["labels"])
     progress.title = f"2. teacher, {t} px"
-    teacher = train.train(teacher_options, progress, step_costs["teacher"])
+    teacher = train.train(training, teacher_options, progress, step_costs["teacher"])
     progress.title = f"3. student, {s} px"
-    student = distill(teacher, options, progress, step_costs["student"])
-    finish(teacher, student, options, [labels])
+    student = distill(teacher, training, options, progress, step_costs["student"])
+    finish(teacher, student, training, test, options, [labels])
     say(
-        "",
-        f"teacher, symmetric    queries and database at {t} px: what there is to reach",
-        f"no distillation       the teacher's own embedding of {s} px queries in that database",
-        f"labels, symmetric     trained with labels at {s} px, in a database of its own",
-        f"student, asymmetric   {s} px queries in the teacher's {t} px database: the paper's claim",
-        f"student, symmetric    {s} px queries in a {s} px database of the student's own",
+        f"  teacher, symmetric    queries and database at {t} px: what there is to reach",
+        f"  no distillation       the teacher's own embedding of {s} px queries in that database",
+        f"  labels, symmetric     trained with labels at {s} px, in a database of its own",
+        f"  student, asymmetric   {s} px queries in the teacher's database: the paper's claim",
+        f"  student, symmetric    {s} px queries in a {s} px database of the student's own",
     )
 
 
-def finish(teacher, student, options, supervised=()):
+def labelled_options(options, name, size):
+    """train.py's options for the teacher or the baseline of the miniature."""
+    argv = ["--dataset", "synthetic", "--size", size, "--out", f"{options.out}/{name}"]
+    argv += ["--arch", options.arch, "--dim", options.dim, "--seed", options.seed]
+    argv += ["--workers", options.workers, "--precision", options.precision]
+    argv += ["--device", options.device] if options.device else []
+    argv += ["--validation"] if options.validation else []
+    return train.parse_options([str(word) for word in argv])
+
+
+def finish(teacher, student, training, test, options, supervised=()):
     """The closing table and picture of a student."""
-    how = {"workers": options.workers, "device": options.device, "precision": options.precision}
-    how["figure"] = f"{options.out}/queries.png"
-    test, rest = "test", "train"
-    if options.validation:
-        test, rest = "val", "fit"
-    where = (options.unlabelled, options.classes)
-    images = keep_readable(load_split(options.dataset, options.root, test, *where), options.workers)
-    if options.unlabelled:
-        others = load_split(options.dataset, options.root, rest, *where)
-        others = keep_readable(others, options.workers)
-        compare_unlabelled(teacher, student, images, others, **how)
+    figure = f"{options.out}/queries.png"
+    hardware = {"device": options.device, "workers": options.workers}
+    if test.labels is None:
+        compare_unlabelled(teacher, student, test, training, figure=figure, **hardware)
     else:
-        compare(teacher, [student], images, supervised, **how)
-    say(f"student: {options.out}/model.pt    picture: {options.out}/queries.png")
+        compare(teacher, [student], test, supervised, figure=figure, **hardware)
+    say(f"student: {options.out}/model.pt    picture: {figure}")
 
 
 # --------------------------------------------------------------------------- options, the program
@@ -238,15 +227,13 @@ def parse_options(argv=None):
     )
     train.add_common_options(parser)
     add = parser.add_argument
-    add("--teacher", help="checkpoint or released name (default: by data set, see above)")
+    add("--teacher", help="checkpoint or released name; needed but for synthetic and --unlabelled")
     add("--teacher-size", type=positive_int, help="side in px of the teacher's images (*)")
     add("--student-size", type=positive_int, help="side in px of the student's images (*)")
     add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
     add("--views", type=positive_int, help="A, augmented views of an image (*)")
     add("--no-mixup", action="store_true", help="views are not mixed with those of other images")
-    add(
-        "--regression", action="store_true", help="no augmentation, absolute term only: an ablation"
-    )
+    add("--regression", action="store_true", help="no augmentation, absolute term: an ablation")
     add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=float, help="weight of the student-student term (*)")
     options = parser.parse_args(argv)
@@ -255,42 +242,39 @@ def parse_options(argv=None):
         teacher, content = load_network(options.teacher)
         inherit_from_teacher(options, teacher, content.get("options", {}))
     options.dataset = options.dataset or "synthetic"
+    train.settle_paths(options)
+    if options.dataset in RECIPES and options.unlabelled:
+        raise UserError("--unlabelled needs a folder of images as --dataset")
     if options.dataset not in RECIPES and has_images_directly(options.root or options.dataset):
         options.unlabelled = True
     if options.unlabelled and teacher is None:
         if options.dim:
-            raise UserError(
-                "--dim needs --teacher: an ImageNet network as the teacher is unwhitened"
-            )
+            raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
         options.dim = 0
     train.fill_in(options, RECIPES)
-    name = Path(options.dataset).name
-    sizes = f"{options.teacher_size}to{options.student_size}"
-    options.out = options.out or f"runs/{name}-{sizes}-seed{options.seed}"
-    options.out = str(Path(options.out).expanduser())
     train.settle_classes(options)
     return options, teacher
 
 
 def inherit_from_teacher(options, teacher, saved):
-    """What the command line leaves open is as its checkpoint's options say of the teacher."""
+    """Take what the command line leaves open from the teacher's checkpoint."""
     options.arch = options.arch or teacher.arch
-    options.dim = teacher.dim if options.dim is None else options.dim
+    if options.dim is None:
+        options.dim = teacher.dim if isinstance(teacher.whiten, torch.nn.Linear) else 0
     options.teacher_size = options.teacher_size or teacher.size
     if options.arch == teacher.arch:
         options.weights = options.weights or saved.get("weights")
     if options.dataset is None:
         if "dataset" not in saved:
             raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-        options.dataset = saved["dataset"]
-        options.root = options.root or saved["root"]
-    if options.dataset == saved.get("dataset"):
-        options.validation = options.validation or saved.get("validation", False)
+        options.dataset, options.root = saved["dataset"], options.root or saved["root"]
+        options.unlabelled = options.unlabelled or saved["unlabelled"]
+        options.validation = options.validation or saved["validation"]
     options.classes = saved.get("classes", {})
 
 
 def imagenet_teacher(options):
-    """The teacher of those without labels: the network as it comes, unwhitened; saved, too."""
+    """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
     teacher = new_network(options, "gem", options.teacher_size).eval()
     Path(options.out).mkdir(parents=True, exist_ok=True)
     if process_rank() == 0:
@@ -302,12 +286,13 @@ def main():
     options, teacher = parse_options()
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
-    if teacher is None and not options.unlabelled:
-        raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
+    training, test = train.load_images(options)
     if teacher is None:
+        if not options.unlabelled:
+            raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
         teacher = imagenet_teacher(options)
-    student = distill(teacher, options)
-    finish(teacher, student, options)
+    student = distill(teacher, training, options)
+    finish(teacher, student, training, test, options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import timeit
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ def retrieval_metrics(
     Raises ValueError where embeddings are not finite, or no query has a correct image.
     """
     check_embeddings(queries, database)
+    if queries.dtype != torch.float64:
+        queries, database = queries.float(), database.float()
     query_labels = as_labels(query_labels, queries)
     database_labels = as_labels(database_labels, database)
     if min(ks, default=1) < 1:
@@ -276,9 +279,8 @@ def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, f
         return embedded[net, size]
 
     small_sizes = sorted({net.size for net in students})
-    searches = [
-        ("teacher, symmetric", teacher, teacher.size, teacher)
-    ]  # of the queries, database's
+    # A search: its name, the queries' network and size in px, the database's network.
+    searches = [("teacher, symmetric", teacher, teacher.size, teacher)]
     searches += [("no distillation", teacher, size, teacher) for size in small_sizes]
     searches += [("labels, symmetric", net, net.size, net) for net in supervised]
     for net in students:
@@ -287,7 +289,8 @@ def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, f
     rows = []
     for name, net, size, other in searches:
         queries, database = embed(net, size), embed(other, other.size)
-        metrics = retrieval_metrics(queries, database, dataset.labels, dataset.labels, ks)
+        labels = dataset.labels
+        metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
         gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
         row = {"": name, "network": net.arch, "query px": size, "database px": other.size}
         row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
@@ -374,7 +377,8 @@ def draw_queries(path, dataset, embeddings, database, query_size, database_size,
     total = len(next(iter(embeddings.values())))
     queries = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
     if labels is not None:
-        queries = [i for i in queries if labels.count(labels[i]) > 1]
+        sizes = Counter(labels)
+        queries = [i for i in queries if sizes[labels[i]] > 1]
     rows = []
     for query in queries[:count]:
         answers, right = [], None
@@ -444,9 +448,10 @@ def build_index(teacher, folder, path, **how):
 def search(student, teacher_fingerprint, index, images, top=5, figure=None, **how):
     """Print the `top` nearest images of an index to each query image (paths), and draw them."""
     content = read_checkpoint(index)
-    if not isinstance(content, dict) or not {"embeddings", "paths", "network"} <= set(content):
+    entries = {"embeddings", "paths", "folder", "network"}
+    if not isinstance(content, dict) or not entries <= set(content):
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
-    refuse_stranger(index, content["network"], student, teacher_fingerprint)
+    check_same_teacher(index, content["network"], student, teacher_fingerprint)
     embeddings, paths = content["embeddings"], content["paths"]
     readable = []
     for path in images:
@@ -469,7 +474,7 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
 
-def refuse_stranger(name, network, student, teacher_fingerprint):
+def check_same_teacher(name, network, student, teacher_fingerprint):
     """Raise UserError where embeddings of a network are not those that a student was taught."""
     known = (teacher_fingerprint, fingerprint(student))
     if teacher_fingerprint and network not in known:
@@ -479,12 +484,21 @@ def refuse_stranger(name, network, student, teacher_fingerprint):
 # ------------------------------------------------------------------------------------ the program
 
 
-def load_network(path, size_needed=True):
+def load_network(path):
     """(network, the rest of its checkpoint): a file, or a released name."""
     net, content = load_checkpoint(path), read_checkpoint(path)
-    if size_needed and not net.size:
+    if not net.size:
         raise UserError(f"{path} does not say at which size in px the network was trained")
+    epochs, planned = content.get("training", {}).get("epochs"), content.get("options", {})
+    if epochs and epochs < planned["epochs"]:
+        say(f"note: {path} is unfinished, {epochs} of {planned['epochs']} epochs")
     return net, {name: value for name, value in content.items() if name != "state_dict"}
+
+
+def positive_int(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
 
 
 def parse_options():
@@ -501,13 +515,13 @@ def parse_options():
     add("--root", help="where the data set is (default: where the teacher found it)")
     add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
     add("--validation", action="store_true", help="test on the second half of the training classes")
-    add("--ks", type=int, nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
+    add("--ks", type=positive_int, nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
     add("--json", metavar="FILE", help="write the table, for machines")
     add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
     add("--database", metavar="FOLDER", help="embed the images below a folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: search it")
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=int, default=5, help="answers to a query (default: %(default)s)")
+    add("--top", type=positive_int, default=5, help="answers to a query (default: %(default)s)")
     add("--workers", type=int, default=default_workers(), help="(default: one a core, %(default)s)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
@@ -528,13 +542,13 @@ def load_split(name, root, split, unlabelled=False, trained=None):
 
     All others are test classes, whatever was added to the folder since. Changes are said.
     """
-    if trained:
+    if trained and not unlabelled:
         now = class_counts(load_dataset(name, root, "train", training_classes=trained))
-        for changed in (c for c in trained if trained[c] != now.get(c, 0)):
-            say(
-                f"note: {changed} trained with {trained[changed]} images, has {now.get(changed, 0)}"
-            )
-    return load_dataset(name, root, split, unlabelled, trained or None)
+        same_folder = set(now) & set(trained)
+        for c in trained if same_folder else ():
+            if trained[c] != now.get(c, 0):
+                say(f"note: {c} trained with {trained[c]} images, now has {now.get(c, 0)}")
+    return load_dataset(name, root, split, unlabelled, trained)
 
 
 def main():
@@ -559,8 +573,12 @@ def main():
 
     students = [load_network(path) for path in options.student]
     for path, (student, about) in zip(options.student, students, strict=True):
-        refuse_stranger(path, fingerprint(teacher), student, about.get("teacher"))
+        check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
+        if student.dim != teacher.dim:
+            raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
     students = [student for student, _ in students]
+    if options.figure and not students:
+        raise UserError("--figure shows what a --student finds: which one?")
     supervised = [load_network(path)[0] for path in options.supervised]
     saved = content.get("options", {})
     name = options.dataset or saved.get("dataset")

@@ -11,9 +11,11 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -205,7 +207,10 @@ def test_negatives_are_drawn_with_these_probabilities():
 @pytest.mark.parametrize(
     "queries, expected",
     [
-        ("database", [0.197619047619, 0, 1 / 9, 6 / 9, 0, 1 / 18, 1 / 6, 0, 1 / 72, 0.045524691358]),
+        (
+            "database",
+            [0.197619047619, 0, 1 / 9, 6 / 9, 0, 1 / 18, 1 / 6, 0, 1 / 72, 0.045524691358],
+        ),
         ("queries", [0.190729717813, 0, 1 / 9, 5 / 9, 0, 1 / 18, 5 / 36, 0, 1 / 72, 1 / 27]),
     ],
 )
@@ -249,7 +254,7 @@ def metrics_by_sorting(queries, database, query_labels, database_labels, ks, sam
 def test_metrics_and_knn_are_what_sorting_says(same_images):
     """With many ties: the embeddings are small whole numbers, whose products are exact."""
     rng, ks = np.random.default_rng(same_images), (1, 2, 5, 100)
-    for case, (q, n) in enumerate([*rng.integers(3, 30, (20, 2)).tolist(), (30, 700), (300, 300)]):
+    for case, (q, n) in enumerate([*rng.integers(3, 30, (12, 2)).tolist(), (20, 300), (60, 60)]):
         q = n if same_images else q
         queries = torch.from_numpy(rng.integers(-1, 2, (q, 3 + case % 5))).double()
         database = torch.from_numpy(rng.integers(-1, 2, (n, 3 + case % 5))).double()
@@ -374,7 +379,7 @@ def test_the_embedding_is_pooled_whitened_and_of_unit_length():
             assert_close(net(views), -embeddings)
 
 
-@pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v3_small", "mnasnet0_5", "vgg11"])
+@pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v3_small", "mnasnet0_5"])
 def test_networks_are_torchvisions_up_to_the_pooling(arch, tmp_path):
     """From a file of weights: what its classifier sees before the first linear layer."""
     model = torchvision.models.get_model(arch, num_classes=2).eval()
@@ -382,11 +387,9 @@ def test_networks_are_torchvisions_up_to_the_pooling(arch, tmp_path):
     linear = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
     if arch == "mobilenet_v3_small":
         linear = model.classifier[0]  # squeeze and excitation has linear layers, too
-    seen, images = [], torch.randn(2, 3, 224, 224)
+    seen, images = [], torch.randn(2, 3, 96, 96)
     linear.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     model(images)
-    if arch == "vgg11":  # it sees 7 x 7 positions
-        seen = [seen[0].view(2, 512, 49).mean(2)]
     ours = small_net(arch, "spoc", 0, pretrained=tmp_path / "weights.pth")(images)
     assert_close(ours, F.normalize(seen[0]), rtol=1e-4, atol=1e-6)
 
@@ -395,7 +398,7 @@ def test_networks_that_are_refused():
     for arch, why in (
         ("googlenet", "normalisation"),
         ("swin_t", "no feature map"),
-        ("vit_b_16", "no feature map"),
+        ("vit_b_16", "no convolutional feature map"),
         ("resnet1O", "cannot be had"),
     ):
         with pytest.raises(NetworkError, match=why):
@@ -416,8 +419,8 @@ def test_a_backbone_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_batch_norm_statistics_stand_still_in_pretrained_networks(frozen, tmp_path):
-    torch.save(small_net().backbone.state_dict(), tmp_path / "weights.pth")
-    net = small_net(pretrained=tmp_path / "weights.pth" if frozen else False)
+    save_checkpoint(tmp_path / "net.pt", small_net())
+    net = small_net(pretrained=tmp_path / "net.pt" if frozen else False)
     before = net.backbone[1].running_mean.clone()
     net.train()(torch.randn(4, 3, 32, 32)).sum().backward()
     assert torch.equal(net.backbone[1].running_mean, before) == frozen
@@ -439,7 +442,7 @@ def test_timm_networks_get_their_own_normalisation(tmp_path, monkeypatch):
     models = []
     monkeypatch.setattr(timm, "create_model", create_without_download)
     net = small_net("timm/lcnet_035", "spoc", 0, pretrained=True)
-    expected = models[0].eval().forward_features((images - 0.5) / 0.5).mean((2, 3))
+    expected = models[0]((images - 0.5) / 0.5).mean((2, 3))
     given = data.normalize(images.clone())
     assert_close(net(given), F.normalize(expected), rtol=1e-4, atol=1e-5)
     save_checkpoint(tmp_path / "net.pt", net)
@@ -447,7 +450,8 @@ def test_timm_networks_get_their_own_normalisation(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "net.pt"),
         small_net("timm/lcnet_035", "spoc", 0, pretrained=tmp_path / "net.pt"),
     ):
-        assert_close(again(given), net(given)) and again.mean == half
+        assert_close(again(given), net(given))
+        assert again.mean == half
     assert small_net("timm/lcnet_035").mean == asymres.MEAN, "random weights: nothing else is known"
 
 
@@ -490,40 +494,8 @@ def test_a_strangers_file_runs_no_code(zipped, tmp_path, monkeypatch):
     with pytest.raises(NetworkError, match="net.pt is not a readable checkpoint"):
         load_checkpoint("net.pt")
     assert not os.path.exists("was_run")
-    with pytest.raises(Exception, match="meta"):
-        torch.load("net.pt", weights_only=False)["meta"].anything  # noqa: B018
-    assert os.path.exists("was_run"), "the test would see it"
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "text", "empty", "other", "folder"])
-def test_damaged_checkpoints_are_refused_by_name(damage, tmp_path):
-    path = tmp_path / "net.pt"
-    save_checkpoint(path, small_net())
-    whole = path.read_bytes()
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    elif damage == "other":
-        torch.save({"weights": torch.ones(3)}, path)
-    else:
-        middle = len(whole) // 2
-        changed = whole[:middle] + bytes(100) + whole[middle + 100 :]
-        path.write_bytes({"cut": whole[:middle], "changed": changed, "text": b"hi"}.get(damage, b""))
-    with pytest.raises(NetworkError, match=r"net\.pt is not a"):
-        load_checkpoint(path)
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "net.pt", small_net(dim=4))
-
-    def half(content, file):
-        file.write(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path / "net.pt", small_net())
-    assert load_checkpoint(tmp_path / "net.pt").dim == 4 and os.listdir(tmp_path) == ["net.pt"]
+    torch.load("net.pt", weights_only=False)
+    assert os.path.exists("was_run"), "this is what was not done"
 
 
 def test_wrapped_networks_are_saved_as_what_they_wrap(tmp_path):
@@ -588,6 +560,10 @@ GREY = PICTURE.convert("L")
 STENCIL = Image.fromarray(noise(12, 16) // 128 * 255)  # 0 or 255: clear or opaque
 
 
+def pixels_of(image):
+    return image.size, image.tobytes()
+
+
 def on_white(image, clear):
     white = Image.new("RGB", image.size, "white")
     return Image.composite(white, image.convert("RGB"), Image.fromarray(clear))
@@ -597,7 +573,7 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
     """Grey, palettes, transparency on white, 16 bit, floats, CMYK; evaluation_transform agrees."""
     palette, cmyk, key = PICTURE.quantize(16), PICTURE.convert("CMYK"), PICTURE.getpixel((0, 0))
     shades = np.asarray(GREY)
-    clear = np.asarray(STENCIL) == 0
+    clear, keyed = np.asarray(STENCIL) == 0, (np.asarray(PICTURE) == key).all(-1)
     cases = [
         ("bilevel.png", PICTURE.convert("1"), PICTURE.convert("1"), {}),
         ("grey.png", GREY, GREY, {}),
@@ -605,31 +581,24 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path):
         ("palette.png", palette, palette, {}),
         ("cmyk.tif", cmyk, cmyk, {}),
         ("16-bit.png", Image.fromarray(shades.astype(np.uint16) * 257), GREY, {}),
-        ("32-bit.tif", Image.fromarray(shades.astype(np.int32) * 2**23), GREY, {}),
+        ("32-bit.tif", Image.fromarray(shades.astype(np.int32) * (2**31 // 255)), GREY, {}),
         ("float.tif", Image.fromarray(shades.astype(np.float32) / 255), GREY, {}),
         ("float-255.tif", Image.fromarray(shades.astype(np.float32)), GREY, {}),
-        ("rgba.png", Image.merge("RGBA", (*PICTURE.split(), STENCIL)), on_white(PICTURE, clear), {}),
+        (
+            "rgba.png",
+            Image.merge("RGBA", (*PICTURE.split(), STENCIL)),
+            on_white(PICTURE, clear),
+            {},
+        ),
         ("la.png", Image.merge("LA", (GREY, STENCIL)), on_white(GREY, clear), {}),
-        (
-            "clear-palette.png",
-            palette,
-            on_white(palette, np.asarray(palette) == 3),
-            {"transparency": 3},
-        ),
-        (
-            "clear-colour.png",
-            PICTURE,
-            on_white(PICTURE, (np.asarray(PICTURE) == key).all(-1)),
-            {"transparency": key},
-        ),
+        ("keyed.png", PICTURE, on_white(PICTURE, keyed), {"transparency": key}),
     ]
     for name, image, shown, how in cases:
         image.save(tmp_path / name, **how)
-        difference = np.asarray(read_image(tmp_path / name), int) - np.asarray(shown.convert("RGB"))
-        assert abs(difference).max() <= (1 if "32-bit" in name else 0), name
+        assert pixels_of(read_image(tmp_path / name)) == pixels_of(shown.convert("RGB")), name
         with Image.open(tmp_path / name) as image:
             ours, right = (data.evaluation_transform(8)(x) for x in (image, shown))
-        assert_close(ours, right, atol=0.02, rtol=0, msg=name)
+        assert torch.equal(ours, right), name
 
 
 @pytest.mark.parametrize("mode", "1 L P RGB RGBA RGBX CMYK YCbCr LAB HSV I F LA PA I;16".split())
@@ -644,13 +613,13 @@ def test_turned_photographs(tmp_path):
     turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}
     turned |= {5: Image.Transpose.TRANSPOSE, 8: Image.Transpose.ROTATE_90}
     for orientation in (1, 3, 5, 6, 8, 99):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        exif[0x0100] = "wide"  # ImageWidth: a number elsewhere
-        PICTURE.save(tmp_path / "turned.png", exif=exif)
+        odd = (0x0100, 2, 4, b"wide")  # ImageWidth, of type text, 4 letters
+        turn_by = (0x0112, 3, 1, orientation, 0)  # Orientation, of type short, one of them
+        entries = struct.pack("<IHHHI4sHHIHHI", 8, 2, *odd, *turn_by, 0)
+        PICTURE.save(tmp_path / "turned.png", exif=b"Exif\0\0II*\0" + entries)
         turn = turned.get(orientation)
         expected = PICTURE if turn is None else PICTURE.transpose(turn)
-        assert read_image(tmp_path / "turned.png") == expected, orientation
+        assert pixels_of(read_image(tmp_path / "turned.png")) == pixels_of(expected), orientation
 
 
 def test_the_evaluation_transform_is_resize_and_centre_crop():
@@ -700,22 +669,12 @@ def test_the_images_of_a_folder(tmp_path):
     assert found == sorted(found) and set(found) == set(expected)
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.gif", "x.tif", "x.webp"])
-def test_damaged_images_are_refused_by_name_or_read(name, tmp_path):
-    """Cut off anywhere, or with other bytes in them: never another exception."""
-    rng, refused = random.Random(name), 0
-    PICTURE.resize((64, 48)).save(tmp_path / "whole", name[2:].replace("jpg", "jpeg"))
-    whole = (tmp_path / "whole").read_bytes()
-    for cut in (True, False) * 20:
-        place = rng.randrange(len(whole) - 1)
-        damaged = whole[:place] + (b"" if cut else rng.randbytes(7) + whole[place + 7 :])
-        (tmp_path / name).write_bytes(damaged)
-        try:
-            assert read_image(tmp_path / name, rng.choice((None, 100))).mode == "RGB"
-        except UserError as error:
-            assert f"{name} cannot be read as an image" in str(error)
-            refused += 1
-    assert refused > 10
+def test_truncated_images_are_refused_by_name(tmp_path):
+    PICTURE.resize((64, 48)).save(tmp_path / "cut.jpg")
+    os.truncate(tmp_path / "cut.jpg", os.path.getsize(tmp_path / "cut.jpg") - 20)
+    for max_pixels in (None, 1):
+        with pytest.raises(UserError, match="cut.jpg cannot be read as an image"):
+            read_image(tmp_path / "cut.jpg", max_pixels)
 
 
 # ------------------------------------------------------------------------------- views and loader
@@ -768,11 +727,9 @@ def test_what_is_drawn_for_views():
     assert_close(high, torch.tensor([1.4, 1.4, 1.4, 0.1]), atol=0.02, rtol=0)
     assert 0.4 < draws.flips.float().mean() < 0.6
     assert 0.4 < draws.weights.mean() < 0.6 and draws.weights.std() > 0.35  # Beta(0.2, 0.2)
-    orders = {tuple(data.sample_views(images[:1], [], 1, 1, False, rng).order) for rng in GENERATORS}
-    assert len(orders) > 15 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
-
-
-GENERATORS = [np.random.default_rng(seed) for seed in range(60)]
+    generators = [np.random.default_rng(seed) for seed in range(100)]
+    orders = [data.sample_views(images, [], 1, 1, False, rng).order for rng in generators]
+    assert len(set(map(tuple, orders))) == 24, "any order of the four colour operations"
 
 
 def test_partners_come_from_the_pool_and_share_the_draw():
@@ -783,10 +740,10 @@ def test_partners_come_from_the_pool_and_share_the_draw():
     chosen = [[x is partner for x in pool].index(True) for partner in draws.partners]
     for i in range(3):
         assert set(chosen[100 * i : 100 * i + 100]) == set(range(8)) - {5 + i}
-    for place, box, partner_box in zip(chosen, draws.boxes, draws.partner_boxes, strict=True):
-        scale = 2 if place < 5 else 1
-        difference = np.array(partner_box) - scale * np.array(box)
-        assert abs(difference).max() <= 2 * (scale - 1)
+    scale = np.where(np.array(chosen) < 5, 2, 1)[:, None]
+    difference = abs(np.array(draws.partner_boxes) - scale * np.array(draws.boxes)).max(1)
+    assert (difference[scale[:, 0] == 1] == 0).all(), "images of one size have the same boxes"
+    assert (difference <= 2).mean() > 0.95, "rounded; now and then one box fits and the other not"
     alone = data.sample_views(images[:1], images[:1], 2, 0.5, True, np.random.default_rng(0))
     assert alone.partners[0] is images[0], "there is no other one"
 
@@ -798,15 +755,13 @@ def test_the_two_ways_to_crop_agree_within_a_grey_level():
     flips = torch.arange(60) % 3 == 0
     exact = [TF.resize(crop.float(), [32, 32], antialias=True) / 255 for crop in crops]
     exact = [x.flip(-1) if flip else x for x, flip in zip(exact, flips, strict=True)]
-    level = 1.001 / 255
     one_by_one = data.resize_by_interpolation(crops, flips, 32)
     half = data.resize_by_products(crops, flips, 32, torch.float16)
     for room in (1, 2**28):  # one crop at a time, and all
         single = data.resize_by_products(crops, flips, 32, torch.float32, room)
         assert_close(single, torch.stack(exact), atol=1e-5, rtol=0)
-    assert_close(one_by_one, single, atol=level, rtol=0)
-    assert_close(half, single, atol=level, rtol=0)
-    assert_close(half, one_by_one, atol=level, rtol=0)
+    assert_close(one_by_one, single, atol=1.001 / 255, rtol=0)
+    assert_close(half, single, atol=0.25 / 255, rtol=0)
 
 
 def test_the_colour_functions_are_torchvisions():
@@ -831,7 +786,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        self.operations += 1
+        self.operations += function.namespace == "aten"  # not questions for the device
         for tensor in torch.utils._pytree.tree_leaves(results):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
@@ -852,7 +807,6 @@ def test_views_on_a_gpu_take_little_memory_and_few_operations(odd):
         assert views.shape == (8, 8, 3, 448, 448) and views.device.type == "cuda"
         assert views.dtype == torch.float32
     assert 2**28 < meter.peak <= 1.5 * 2**30 and 100 < meter.operations <= 1500
-    print(f"{odd}: {meter.peak / 2**20:.0f} MiB, {meter.operations} operations")
 
 
 class Photographs:
@@ -871,7 +825,9 @@ class Photographs:
 
 
 def loader_of(dataset, **changes):
-    return data.distillation_loader(dataset, **dict(student_size=6, teacher_size=8, views=2) | changes)
+    return data.distillation_loader(
+        dataset, **dict(student_size=6, teacher_size=8, views=2) | changes
+    )
 
 
 def same_batches(first, second):
@@ -933,21 +889,23 @@ def test_partners_are_among_the_last_200_images(monkeypatch):
     assert pools == [50, 100, 150, 200, 200]
 
 
-@pytest.mark.parametrize("method, counts", [("fork", (1, 2)), ("forkserver", (1,)), ("spawn", (1,))])
-def test_workers_do_not_change_the_batches_and_leave_with_their_loader(method, counts):
+def test_workers_do_not_change_the_batches_and_leave_with_their_loader():
+    """Any number of them, however they are started."""
     dataset = ImageDataset(images=noise(10, 9, 12, 3))
     expected = list(loader_of(dataset, batch_size=4))
     usual = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(method, force=True)
+    cases = [("fork", 1), ("fork", 2), ("forkserver", 1), ("spawn", 1)]
+    loaders = [loader_of(dataset, batch_size=4, workers=count) for _, count in cases]
     try:
-        for workers in counts:
-            loader = loader_of(dataset, batch_size=4, workers=workers)
-            assert same_batches(expected, loader)
-            if method == "fork":
-                assert same_batches(expected, loader)
-                next(iter(loader))  # and left
+        for i, (method, _) in enumerate(cases):
+            multiprocessing.set_start_method(method, force=True)
+            iterator = iter(loaders[i])
+            loaders[i] = itertools.chain([next(iterator)], iterator)
     finally:
         multiprocessing.set_start_method(usual, force=True)
+    for loader in loaders:
+        assert same_batches(expected, loader)
+    next(iter(loader_of(dataset, workers=2)))  # and left
     assert not multiprocessing.active_children()
 
 
@@ -1022,12 +980,6 @@ def test_cars_as_published(tmp_path, monkeypatch):
     assert load_dataset("cars", str(tmp_path), "test").labels == [99]
 
 
-def test_the_published_counts():
-    assert data.COUNTS["cub"] == {"train": 5864, "test": 5924}
-    assert data.COUNTS["cars"] == {"train": 8054, "test": 8131}
-    assert data.COUNTS["sop"] == {"train": 59551, "test": 60502}
-
-
 def classes_of(folder, split, **how):
     dataset = load_dataset(str(folder), split=split, **how)
     return [dataset.classes[label] for label in sorted(set(dataset.labels))]
@@ -1061,10 +1013,648 @@ def test_folders_without_labels(tmp_path):
         load_dataset(str(tmp_path), split="val")
 
 
-def test_the_drawn_eggs():
-    """No class is in both splits; they are the same each time."""
-    training, test = load_dataset("synthetic"), load_dataset("synthetic", split="test")
-    assert len(training) == len(test) == 960 and not set(training.labels) & set(test.labels)
-    assert training[0].size == (80, 80) and training[0].mode == "RGB"
-    assert (load_dataset("Synthetic", split="test").images == test.images).all()
-    assert len(load_dataset("synthetic", split="val")) == 480
+def test_the_drawn_eggs(monkeypatch):
+    """120 classes train, 60 others test; their colours do not say which class it is."""
+
+    def plain(angles, periods, palettes, uniform):
+        return palettes[:, :1].expand(-1, 4, -1)  # (n, 4, 3)
+
+    monkeypatch.setattr(data, "draw_striped_eggs", plain)
+    labels = {}
+    for split, count in (("train", 960), ("test", 960), ("fit", 480), ("val", 480)):
+        dataset = load_dataset("Synthetic", split=split)
+        assert len(dataset) == len(dataset.labels) == count
+        assert len(np.unique(dataset.images[:, 0], axis=0)) == 6
+        labels[split] = set(dataset.labels)
+    assert len(labels["train"]) == 120 and len(labels["test"]) == 60
+    assert labels["fit"] | labels["val"] == labels["train"]
+    assert not labels["train"] & labels["test"] and not labels["fit"] & labels["val"]
+
+
+# ----------------------------------------------------------------- training, resume and processes
+
+SMALL = (
+    "--arch resnet10-narrow --weights random --dim 8 --epochs 2 --lr 1e-3 --batch-size 8 "
+    "--micro-batch 4 --workers 0 --device cpu"
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """6 classes; the first three, of 6, 5 and 7 images, train; the others have 4, 4 and 1."""
+    root = tmp_path_factory.mktemp("images")
+    for label, count in enumerate([6, 5, 7, 4, 4, 1]):
+        write_images(*(root / f"class{label}" / f"{i}.png" for i in range(count)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """40 images in one folder, without labels."""
+    root = tmp_path_factory.mktemp("photographs")
+    write_images(*(root / f"{i:02}.jpg" for i in range(40)))
+    return root
+
+
+def train_teacher(folder, out, more=""):
+    """The network of `train.py --dataset folder --out out --size 48`, made small; no table."""
+    words = f"--dataset {folder} --out {out} --size 48 {SMALL} {more}"
+    options = train.parse_options(words.split())
+    training, _ = train.load_images(options)
+    return train.train(training, options)
+
+
+def distil_student(teacher, out, more=""):
+    """The student of `distill.py --teacher teacher --out out`, made small, and its teacher."""
+    words = f"--teacher {teacher} --out {out} --student-size 32 --views 2 {SMALL} {more}"
+    options, net = distill.parse_options(words.split())
+    training, _ = train.load_images(options)
+    return distill.distill(net, training, options), net
+
+
+@pytest.fixture(scope="session")
+def teacher(folder, tmp_path_factory):
+    """The file of a teacher that was trained for one epoch at 48 px."""
+    out = tmp_path_factory.mktemp("teacher")
+    train_teacher(folder, out, "--epochs 1")
+    return out / "model.pt"
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_images_of_an_epoch_of_mining(folder, tmp_path):
+    """Groups of 4 of a class, equally many of each; negatives of other classes, each once."""
+    labels = np.array([0] * 9 + [1] * 5 + [2] * 3 + [3] * 9 + [4])  # 2 and 4 are too small
+    dataset = ImageDataset(images=noise(len(labels), 32, 32, 3), labels=labels.tolist())
+    words = f"--dataset {folder} --out {tmp_path} --size 32 {SMALL} --epoch-size 10"
+    options = train.parse_options(words.split())
+    epochs = [train.mine(small_net(), dataset, epoch, options) for epoch in range(12)]
+    assert set(torch.cat(epochs).flatten().tolist()) == {
+        i for i, label in enumerate(labels) if label not in (2, 4)
+    }
+    assert len({tuple(rows.flatten().tolist()) for rows in epochs}) == 12, "drawn anew"
+    for rows in epochs:
+        assert rows.shape == (8, 1 + 4), "whole groups, at most 10 anchors"
+        classes = labels[rows]
+        assert (classes[:, 0].reshape(2, 4) == classes[::4, :1]).all()
+        assert len(set(rows[:, 0].tolist())) == 8
+        assert (classes[:, :1] != classes[:, 1:]).all()
+        assert (rows[:, 1:].sort(1).values.diff(dim=1) > 0).all()
+    with pytest.raises(UserError, match="1 training classes have 4 images"):
+        train.draw_groups([0] * 9 + [1] * 3, 100, np.random.default_rng(0))
+
+
+def test_positives_are_the_others_of_the_group():
+    anchors = torch.arange(8.0)[:, None]
+    positives = train.others_of_group(anchors)[..., 0].tolist()
+    assert positives[:2] == [[1, 2, 3], [0, 2, 3]] and positives[5] == [4, 6, 7]
+
+
+def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeypatch):
+    """12 anchors an epoch in steps of 8: two each. The rate rises to --lr and falls to almost 0."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer, *others):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *others)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    net = train_teacher(folder, tmp_path, "--epochs 5 --size 32")
+    assert len(rates) == 10
+    assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-4, 1e-3, 1e-8))
+    assert [entry["epoch"] for entry in log_of(tmp_path)] == list(range(5))
+    assert {"loss", "lr", "seconds", "images_per_s"} <= log_of(tmp_path)[0].keys()
+    assert set(os.listdir(tmp_path)) == {"model.pt", "log.jsonl", "options.json"}
+    assert not net.training and not net.frozen_batchnorm and net.size == 32
+    groups = asymres.read_checkpoint(tmp_path / "model.pt")["training"]["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [1e-6, 0], "none on GeM's p"
+
+
+def test_a_step_does_not_depend_on_how_it_is_divided(folder, teacher, tmp_path, monkeypatch):
+    """Into micro-batches: of teachers (here without random crops) and of students."""
+
+    def evaluation_crops(dataset, batches, size, *others):
+        for batch in batches:
+            yield torch.stack([data.evaluation_transform(size)(dataset[i]) for i in batch])
+
+    monkeypatch.setattr(train, "random_crops", evaluation_crops)
+    weights = f"--weights {teacher} --size 32"  # frozen statistics
+    taught = [
+        train_teacher(folder, tmp_path / f"t{n}", f"{weights} --micro-batch {n}") for n in (4, 8)
+    ]
+    assert_close(taught[0].state_dict(), taught[1].state_dict(), atol=1e-4, rtol=1e-3)
+    more = f"--regression --weights {teacher} --micro-batch"
+    students = [distil_student(teacher, tmp_path / f"s{n}", f"{more} {n}")[0] for n in (3, 8)]
+    assert_close(students[0].state_dict(), students[1].state_dict(), atol=1e-4, rtol=1e-3)
+    start = load_checkpoint(teacher).state_dict()["backbone.0.weight"]
+    assert (students[0].state_dict()["backbone.0.weight"] - start).abs().max() > 1e-3, "it learns"
+
+
+def test_a_student_and_its_teacher(teacher, tmp_path):
+    """The teacher has no gradient and stays as it is, the student learns to agree with it."""
+    student, net = distil_student(teacher, tmp_path, "--epochs 5 --lr 4e-3")
+    before = fingerprint(load_checkpoint(teacher))
+    assert fingerprint(net) == before and not net.training
+    assert all(p.grad is None and not p.requires_grad for p in net.parameters())
+    losses = [entry["loss"] for entry in log_of(tmp_path)]
+    assert losses[-1] < losses[0] / 2
+    assert student.size == 32 and student.dim == net.dim and not student.training
+    assert asymres.read_checkpoint(tmp_path / "model.pt")["teacher"] == before
+
+
+def test_regression_compares_the_evaluation_crops(teacher, tmp_path):
+    """A student that is its teacher, at its size, has nothing to learn."""
+    frozen = load_checkpoint(teacher)
+    frozen.frozen_batchnorm, options = True, asymres.read_checkpoint(teacher)["options"]
+    save_checkpoint(tmp_path / "teacher.pt", frozen, options=options)
+    more = "--regression --weights teacher --student-size 48 --lr 1e-12 --epochs 1"
+    distil_student(tmp_path / "teacher.pt", tmp_path, more)
+    assert log_of(tmp_path)[0]["loss"] < 1e-9
+
+
+def test_what_a_student_takes_from_its_teacher(folder, teacher, tmp_path):
+    """Data set, network, weights to start from, large size; a command line may say otherwise."""
+    options, net = distill.parse_options(f"--teacher {teacher} --out {tmp_path}".split())
+    assert (options.dataset, options.arch, options.dim) == (str(folder), "resnet10-narrow", 8)
+    assert (options.teacher_size, options.student_size) == (48, 224)
+    assert options.weights == "random" and set(options.classes) == {"class0", "class1", "class2"}
+    words = f"--teacher {teacher} --out {tmp_path} --arch resnet18 --dim 4 --teacher-size 64"
+    options, net = distill.parse_options(words.split())
+    assert (options.arch, options.weights, options.dim) == ("resnet18", "imagenet", 4)
+    assert options.teacher_size == 64
+
+
+def test_a_student_may_learn_from_images_that_its_teacher_never_saw(teacher, photographs, tmp_path):
+    """Another folder has other classes, or none."""
+    write_images(*(tmp_path / "B" / f"kind{i % 4}" / f"{i}.png" for i in range(16)))
+    for folder, count in ((tmp_path / "B", 8), (photographs, 36)):
+        words = f"--teacher {teacher} --out {tmp_path / 'out'} --dataset {folder} --workers 0"
+        training, test = train.load_images(distill.parse_options(words.split())[0])
+        assert len(training) == count and (test.labels is None) == (folder == photographs)
+
+
+def test_the_classes_that_train_stay_when_folders_are_added(folder, tmp_path, capsys):
+    """The checkpoint names them: the others are test classes. What changed is said."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    train_teacher(copy, tmp_path / "run", "--epochs 1")
+    write_images(copy / "another" / "1.png", copy / "another" / "2.png")
+    os.remove(copy / "class1" / "0.png")
+    words = f"--teacher {tmp_path / 'run' / 'model.pt'} --out {tmp_path / 'student'} --workers 0"
+    training, test = train.load_images(distill.parse_options(words.split())[0])
+    expected = {"class0", "class1", "class2"}
+    assert {training.classes[label] for label in training.labels} == expected
+    expected = {"another", "class3", "class4", "class5"}
+    assert {test.classes[label] for label in test.labels} == expected
+    assert "class1 trained with 5 images, now has 4" in capsys.readouterr().out
+
+
+def test_other_options_are_refused_by_name(folder, teacher, tmp_path):
+    """Some may change; a run that is done is loaded, not trained again."""
+    out = tmp_path / "run"
+    train_teacher(folder, out)
+    before = (out / "model.pt").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"holds another run \(--lr 0.001, now 0.5\): .*--out"):
+        train_teacher(folder, out, "--lr 0.5")
+    train_teacher(folder, out, "--micro-batch 8 --workers 1")
+    assert (out / "model.pt").stat().st_mtime_ns == before
+    distil_student(teacher, tmp_path / "student", "--epochs 1")
+    with pytest.raises(UserError, match="another --teacher"):
+        distil_student(out / "model.pt", tmp_path / "student", "--epochs 1")
+
+
+def train_a_teacher(folder, teacher, out):
+    train_teacher(folder, out, "--epochs 4 --size 32")
+
+
+def distil_a_student(folder, teacher, out, more=""):
+    distil_student(teacher, out, f"--epochs 4 --teacher-size 32 --student-size 24 {more}")
+
+
+def regress_a_student(folder, teacher, out):
+    distil_a_student(folder, teacher, out, "--regression")
+
+
+@pytest.mark.parametrize("work", [train_a_teacher, distil_a_student, regress_a_student])
+def test_a_killed_run_goes_on_to_the_same_bits(work, folder, teacher, tmp_path, fork, monkeypatch):
+    """Killed at random moments, and while a checkpoint is written. Networks may have dropout."""
+    forward = EmbeddingNet.forward
+
+    def with_dropout(net, images):
+        return forward(net, F.dropout(images, 0.2, net.training))
+
+    monkeypatch.setattr(EmbeddingNet, "forward", with_dropout)
+    began = time.time()
+    work(folder, teacher, tmp_path / "whole")
+    seconds, rng = time.time() - began, random.Random(0)
+    go_on, killed = partial(work, folder, teacher, tmp_path / "killed"), tmp_path / "killed"
+
+    def go_on_till_the_second_checkpoint():
+        replace, calls = os.replace, itertools.count(1)
+
+        def dying(source, target):
+            if next(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = dying
+        go_on()
+
+    process = fork(go_on_till_the_second_checkpoint)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert asymres.read_checkpoint(killed / "model.pt")["training"]["epochs"] == 1
+    for _ in range(2):
+        process = fork(go_on)
+        process.join(rng.random() * seconds)
+        process.kill()
+        process.join()
+    process = fork(go_on)
+    process.join()
+    assert process.exitcode == 0 and len(log_of(killed)) == 4
+    whole, again = (asymres.read_checkpoint(tmp_path / x / "model.pt") for x in ("whole", "killed"))
+    assert all(torch.equal(again["state_dict"][name], x) for name, x in whole["state_dict"].items())
+    assert [x["loss"] for x in log_of(killed)] == [x["loss"] for x in log_of(tmp_path / "whole")]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
+    with pytest.raises(UserError, match="loss is not finite in epoch .*: take a smaller --lr"):
+        train_teacher(folder, tmp_path, "--lr 1e30 --epochs 3")
+
+
+def test_two_processes(folder, teacher, tmp_path):
+    """By torchrun: both end with the same weights after half of the passes each.
+
+    One that dies ends the program.
+    """
+    (tmp_path / "two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "two.py", HERE, folder, teacher]
+    done = subprocess.run(command, cwd=tmp_path, timeout=100, capture_output=True)
+    assert b"about to die" in done.stdout, done.stderr.decode()
+    assert done.returncode != 0 and not (tmp_path / "survivor").exists()
+    first, second = (torch.load(tmp_path / f"process{rank}.pt") for rank in (0, 1))
+    for name in ("teacher", "student"):
+        assert first[name]["passes"] == second[name]["passes"]
+        for key, value in first[name]["state"].items():
+            if "num_batches" not in key:
+                assert torch.equal(second[name]["state"][key], value), key
+    assert 2 * first["student"]["passes"] == 2 * 18 * 2, "epochs, images, views"
+    assert torch.equal(first["embeddings"], second["embeddings"])
+    alone = extract(load_checkpoint(teacher), load_dataset(str(folder)), 48)
+    assert_close(first["embeddings"], alone)
+    distil_student(teacher, tmp_path / "alone")
+    losses = [[entry["loss"] for entry in log_of(tmp_path / x)] for x in ("student", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.5), "they see other views"
+
+
+TWO = """
+import os, signal, sys
+here, folder, teacher = sys.argv[1:]
+sys.path.insert(0, here)
+import torch
+import test_asymres as tests
+from data import process_rank, start_processes
+
+torch.set_num_threads(1)
+start_processes()
+forward, passes = tests.EmbeddingNet.forward, [0]
+
+def counted(net, images):
+    passes[0] += net.training * images.flatten(0, -4).shape[0]
+    return forward(net, images)
+
+tests.EmbeddingNet.forward = counted
+result = {}
+for name in ("teacher", "student"):
+    passes[0] = 0
+    if name == "teacher":
+        net = tests.train_teacher(folder, "teacher")
+    else:
+        net, _ = tests.distil_student(teacher, "student")
+    result[name] = {"passes": passes[0], "state": net.state_dict()}
+result["embeddings"] = tests.extract(
+    tests.load_checkpoint(teacher), tests.load_dataset(folder), 48, batch_size=4
+)
+torch.save(result, f"process{process_rank()}.pt")
+torch.distributed.barrier()
+if process_rank() == 1:
+    print("about to die", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+tests.distil_student(teacher, "another", "--epochs 1000")
+open("survivor", "w").close()
+"""
+
+
+# --------------------------------------------------------------------- command line and mistakes
+
+PROGRAMS = {"data.py": data, "train.py": train, "distill.py": distill, "evaluate.py": evaluate}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train.py --lr 0.1") runs a program in this process: exit code, stdout and stderr."""
+
+    def run(line):
+        script, *words = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        code = 0
+        try:
+            data.run_program(PROGRAMS[script].main, mistakes=(NetworkError,))
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mistakes(folder, teacher, photographs, tmp_path_factory):
+    """A folder of what is wrong in one way or another."""
+    root = tmp_path_factory.mktemp("mistakes")
+    (root / "FOLDER").symlink_to(folder)
+    (root / "PHOTOS").symlink_to(photographs)
+    (root / "TEACHER").symlink_to(teacher)
+    (root / "EMPTY").mkdir()
+    (root / "TEXT").write_text("not what it should be")
+    (root / "CUT").write_bytes(teacher.read_bytes()[:100_000])
+    torch.save({"weights": torch.ones(3)}, root / "OTHER")
+    for size, dim in ((None, 8), (32, 4)):
+        net = small_net(dim=dim)
+        net.size = size
+        save_checkpoint(root / f"SIZE-{size}", net)
+    for label, i in itertools.product("abcd", range(5)):
+        write_images(root / "BAD" / label / f"{i}.png", root / "LONELY" / f"{label}{i}" / "0.png")
+        if i < 3:
+            write_images(root / "FEW" / label / f"{i}.png")
+    write_images(*(root / "LONELY" / label / f"{i}.png" for label in "AB" for i in range(4)))
+    write_images(*(root / "LONELY" / "A" / f"{i}.png" for i in range(4)))
+    for label in "abcd":
+        (root / "BAD" / label / "4.png").write_text("an image once")
+    return root
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("train.py --epochs 0", "--epochs"),
+        ("train.py --lr 0", "--lr"),
+        ("train.py --dim -1", "--dim"),
+        ("train.py --min-scale 7", "--min-scale"),
+        ("train.py --batch-size 10", "--batch-size 10 must be a multiple of 4"),
+        ("train.py --micro-batch 3", "--micro-batch 3 must be at least 4"),
+        ("train.py --pooling avg", "--pooling"),
+        ("train.py --device gpu", "--device gpu"),
+        ("train.py --device cuda", "finds 0 CUDA devices"),
+        ("train.py --arch resnet1O", "resnet1O"),
+        ("train.py --arch swin_t", "no feature map"),
+        ("train.py --arch googlenet", "normalisation"),
+        ("train.py --arch timm/resnet18", "pip install timm"),
+        ("train.py --arch squeezenet1_1 --size 8", "8 px is too small"),
+        ("train.py --arch squeezenet1_1 --weights imagenet", "--weights FILE"),
+        ("train.py --weights nowhere.pt", "nowhere.pt is not a readable checkpoint"),
+        ("train.py --weights OTHER", "OTHER holds no weights of this network"),
+        ("train.py --dataset /nowhere", "a sub-folder of images for each"),
+        ("train.py --dataset EMPTY", "a sub-folder of images for each"),
+        ("train.py --dataset cub", "images.txt"),
+        ("train.py --dataset cars", "pip install scipy"),
+        ("train.py --dataset sop --root EMPTY", "Ebay_train.txt"),
+        ("train.py --dataset FEW", "0 training classes have 4 images"),
+        ("train.py --dataset LONELY", "no test class"),
+        ("train.py --dataset PHOTOS", "two such ones"),
+        ("train.py --dataset BAD", "only 8 of 10 images can be read"),
+        ("train.py --dataset BAD --workers 1", "only 8 of 10 images can be read"),
+        ("distill.py --views 0", "--views"),
+        ("distill.py --dataset FOLDER", "--teacher is needed"),
+        ("distill.py --teacher nowhere.pt", "nowhere.pt is not a readable checkpoint"),
+        ("distill.py --teacher CUT", "CUT is not a readable checkpoint"),
+        ("distill.py --teacher TEXT", "TEXT is not a readable checkpoint"),
+        ("distill.py --teacher OTHER", "OTHER is not a checkpoint"),
+        ("distill.py --teacher SIZE-None", "SIZE-None does not say at which size"),
+        ("distill.py --teacher SIZE-32", "--dataset is needed"),
+        ("distill.py --teacher TEACHER --dim 16", "--dim 16"),
+        ("distill.py --teacher TEACHER --arch vgg11 --weights teacher", "--weights teacher"),
+        ("distill.py --dataset PHOTOS --validation --teacher TEACHER", "validation needs classes"),
+        ("distill.py --dataset PHOTOS", "--dim needs --teacher"),
+        ("evaluate.py", "--teacher is needed"),
+        ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "no download"),
+        ("evaluate.py --teacher SIZE-32", "--dataset is needed"),
+        ("evaluate.py --teacher TEACHER --ks 0", "--ks"),
+        ("evaluate.py --teacher TEACHER --device gpu", "--device gpu"),
+        ("evaluate.py --teacher TEACHER --figure f.png", "--student"),
+        ("evaluate.py --teacher TEACHER --student SIZE-32", "dimensions"),
+        ("evaluate.py --teacher TEACHER --json /no/t.json", "/no/t.json"),
+        ("evaluate.py --teacher TEACHER --database FOLDER", "--index"),
+        ("evaluate.py --teacher TEACHER --database EMPTY --index i.pt", "no images below EMPTY"),
+        ("evaluate.py --query x.png", "--student"),
+        ("evaluate.py --student TEACHER --index i.pt --query x.png --top 0", "--top"),
+        ("evaluate.py --student TEACHER --index OTHER --query x.png", "OTHER is not an index"),
+        ("data.py cars --root .", "Kaggle"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(line, sentence, mistakes, tmp_path, monkeypatch, run):
+    """With exit code 2, and without a traceback or a new folder."""
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.chdir(mistakes)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    script, *words = line.split()
+    usual = {"train.py": f"--dataset FOLDER --size 32 --out {tmp_path}/out {SMALL}"}
+    usual["distill.py"] = f"--student-size 32 --out {tmp_path}/out {SMALL}"
+    code, _, said = run(" ".join([script, usual.get(script, ""), *words]))
+    last = said.strip().splitlines()[-1]
+    assert code == 2 and "error: " in last and sentence in last and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
+    """And those of users do not."""
+
+    def slip():
+        data.run_program(partial(divmod, 1, 0))
+
+    def mistake():
+        sys.argv = ["evaluate.py", "--teacher", "nowhere.pt"]
+        runpy.run_path(str(HERE / "evaluate.py"), run_name="__main__")
+
+    process = fork(slip)
+    process.join()
+    said = capfd.readouterr().err
+    assert process.exitcode == 1 and "Traceback" in said and "ZeroDivisionError" in said
+    process = fork(mistake)
+    process.join()
+    said = capfd.readouterr().err
+    assert process.exitcode == 2 and said.startswith("error: nowhere.pt") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "distill.py", "evaluate.py"])
+def test_help_fits_on_a_page(script, run):
+    """And names every option."""
+    code, said, _ = run(f"{script} --help")
+    assert code == 0 and len(said.splitlines()) <= 60
+    options = re.findall(r'add\(\s*"(--[\w-]+)"', (HERE / script).read_text())
+    assert options and all(option in said for option in options)
+
+
+def test_images_that_cannot_be_read_are_left_out(folder, tmp_path, run):
+    """Named once, counted, in training and in testing; when they are gone the run goes on."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_images(*(copy / "class0" / f"more{i}.png" for i in range(9)))
+    write_images(*(copy / "class3" / f"more{i}.png" for i in range(9)))
+    shutil.copy(copy / "class0" / "0.png", copy / "class0" / "cut.png")
+    os.truncate(copy / "class0" / "cut.png", 3000)
+    (copy / "class3" / "empty.png").write_bytes(b"")
+    line = f"train.py --dataset {copy} --out {tmp_path}/run --size 32 {SMALL}"
+    code, said, _ = run(line)
+    assert code == 0 and "1 of 28 images cannot be read" in said
+    assert said.count("cut.png cannot be read") == said.count("empty.png cannot be read") == 1
+    os.remove(copy / "class0" / "cut.png")
+    code, said, _ = run(line)
+    assert code == 0 and "class0 trained with 16 images, now has 15" in said
+
+
+def test_index_and_search(folder, teacher, tmp_path, monkeypatch, run):
+    """A moved folder is indexed by its teacher, and searched by a student alone."""
+    student, net = distil_student(teacher, tmp_path / "run", "--epochs 1")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "photos")
+    Path("photos/broken.jpg").write_text("no image")
+    code, said, _ = run(f"evaluate.py --teacher {teacher} --database photos --index i.pt")
+    assert code == 0 and "27 images in i.pt, 1 that cannot be read left out" in said
+    assert said.count("broken.jpg cannot be read") == 1
+    index = asymres.read_checkpoint("i.pt")
+    assert index["embeddings"].shape == (27, 8) and index["folder"] == str(tmp_path / "photos")
+    assert index["paths"][0] == "class0/0.png"
+    assert torch.equal(index["embeddings"], extract(net, load_dataset_of("photos", index), 48))
+    search = "evaluate.py --student run/model.pt --index i.pt --top 40 --figure answers.png"
+    query, other = "photos/class1/2.png", "photos/class2/0.png"
+    code, said, _ = run(f"{search} --query {query} photos/broken.jpg nowhere.png {other}")
+    lines = said.splitlines()
+    assert code == 0 and "broken.jpg cannot be read" in said and "nowhere.png cannot" in said
+    answers = lines[lines.index(query) + 1 :][:27]
+    scores, files = zip(*(line.split() for line in answers), strict=True)
+    assert sorted(files) == [str(tmp_path / "photos" / path) for path in index["paths"]]
+    assert list(scores) == sorted(scores, key=float, reverse=True)
+    assert other in lines and Image.open("answers.png").width > 1000
+    run(f"train.py --dataset photos --out another --size 48 --seed 7 {SMALL}")
+    run("evaluate.py --teacher another/model.pt --database photos --index other.pt")
+    code, _, said = run(search.replace("i.pt", "other.pt") + f" --query {query}")
+    assert code == 2 and "other.pt is of another network than the teacher of this student" in said
+    line = "evaluate.py --teacher another/model.pt --student run/model.pt"
+    code, _, said = run(line)
+    assert code == 2 and "run/model.pt is of another network" in said
+
+
+def load_dataset_of(folder, index):
+    return ImageDataset([os.path.join(folder, path) for path in index["paths"]])
+
+
+def table_of(said):
+    """The rows of a printed table without the milliseconds, {first cell: the others}."""
+    rows = [re.split(r"  +", line.strip()) for line in said.splitlines()]
+    names = ("teacher", "no distillation", "student")
+    return {row[0]: row[1:-1] for row in rows if len(row) > 5 and row[0].startswith(names)}
+
+
+def test_distillation_without_labels(photographs, tmp_path, monkeypatch, run):
+    """The teacher is the network as it comes, unwhitened; the table is one of agreement."""
+    monkeypatch.chdir(tmp_path)
+    small = SMALL.replace("--dim 8", "")
+    line = f"distill.py --dataset {photographs} --teacher-size 48 --student-size 32 --views 2"
+    code, said, _ = run(f"{line} --unlabelled --out run {small}")
+    table = table_of(said)
+    assert code == 0 and set(table) == {"teacher", "no distillation", "student"}
+    network, queries, database, top_1, top_10, cosine, _ = table["teacher"]
+    assert (queries, database, top_1, top_10, cosine) == ("48", "48", "100.0", "100.0", "1.000")
+    assert load_checkpoint("run/teacher.pt").dim == 256 == load_checkpoint("run/model.pt").dim
+    assert Image.open("run/queries.png").width > 1000
+    line = f"evaluate.py --teacher run/teacher.pt --student run/model.pt --dataset {photographs}"
+    code, said, _ = run(f"{line} --unlabelled --json t.json --workers 0")
+    assert code == 0 and table_of(said) == table
+    assert "top-1 agreement" in json.loads(Path("t.json").read_text())[1]
+
+
+def test_the_paper_in_miniature(tmp_path, monkeypatch, run):
+    """distill.py without options, here on few eggs: labels, teacher, student, and their table."""
+    images = noise(24, 80, 80, 3)
+    few = ImageDataset(images=images, labels=[i // 8 for i in range(24)])
+    monkeypatch.setattr(data, "draw_eggs", lambda split: few)
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run("distill.py --epochs 1 --views 3 --workers 0")
+    rows = ("teacher", "no distillation", "labels", "student, asymmetric", "student, symmetric")
+    assert code == 0 and all(f"\n{row}" in said for row in rows)
+    (out,) = os.listdir("runs")
+    files = {"labels", "teacher", "model.pt", "log.jsonl", "options.json", "queries.png"}
+    assert set(os.listdir(f"runs/{out}")) == files
+
+
+# ----------------------------------------------------------------------------------------- README
+
+
+def readme_commands(section):
+    """The lines of a section of the README that run a program, without their comments."""
+    text = re.split(r"^## ", (HERE / "README.md").read_text(), flags=re.M)
+    body = next(part for part in text if part.startswith(section))
+    lines = (re.sub(r"\s+#.*", "", line).strip() for line in body.splitlines())
+    return [line.removeprefix("python ") for line in lines if re.match(r"python \w+\.py ", line)]
+
+
+def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
+    """Its lines, word for word and in order, on a replica of CUB; options behind make it small."""
+    commands = readme_commands("Reproduce a benchmark")
+    download, teacher, student, baseline, table = commands[:5]
+    monkeypatch.chdir(tmp_path)
+    write_cub(tmp_path / "www" / "CUB_200_2011", images_per_class=6)
+    monkeypatch.setitem(data.COUNTS, "cub", {"train": 12, "test": 12})
+
+    def copy_archive(url, root, md5):
+        assert (url, md5) == data.DOWNLOADS["cub"]
+        shutil.copytree("www", root)
+
+    monkeypatch.setattr(data, "download_and_extract_archive", copy_archive)
+    code, said, _ = run(download)
+    assert code == 0 and "12 train images" in said and "12 test images" in said
+
+    assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
+    code, said, _ = run(f"{teacher} {SMALL} --size 48 --out runs/cub-448-seed1234")
+    assert code == 0 and "teacher, symmetric" in said
+    options, _ = distill.parse_options(student.split()[1:])
+    assert options.out == "runs/cub-448to224-seed1234" or options.teacher_size == 48
+    small = f"{SMALL} --views 2 --student-size 32 --out runs/cub-448to224-seed1234"
+    code, said, _ = run(f"{student} {small}")
+    assert code == 0 and "student, asymmetric" in said
+    assert train.parse_options(baseline.split()[1:]).out == "runs/cub-224-seed1234"
+    code, said, _ = run(f"{baseline} {SMALL} --size 32 --out runs/cub-224-seed1234")
+    assert code == 0
+
+    code, said, _ = run(f"{table} --json t.json --figure f.png --ks 1 2 --workers 1")
+    rows = json.loads(Path("t.json").read_text())
+    assert code == 0 and [(row[""], row["query px"], row["database px"]) for row in rows] == [
+        ("teacher, symmetric", 48, 48),
+        ("no distillation", 32, 48),
+        ("labels, symmetric", 32, 32),
+        ("student, asymmetric", 32, 48),
+        ("student, symmetric", 32, 32),
+    ]
+    assert all(0 <= row["R@1"] <= row["R@2"] <= 100 for row in rows)
+    assert rows[0]["GFLOPs/query"] > 1.5 * rows[1]["GFLOPs/query"]
+    assert Image.open("f.png").width > 1000
+    files = {"model.pt", "log.jsonl", "options.json", "queries.png"}
+    assert set(os.listdir("runs/cub-448to224-seed1234")) == files
+
+    def copy_network(url, path):
+        shutil.copy(
+            "runs/cub-448" + ("to224" if "-S224r-" in url else "") + "-seed1234/model.pt", path
+        )
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", copy_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (released,) = commands[5:]
+    code, said, _ = run(released)
+    assert code == 0 and "student, asymmetric" in said

@@ -26,6 +26,7 @@ from asymres import (
     triplet_loss,
 )
 from data import (
+    COUNTS,
     Progress,
     UserError,
     add_over_processes,
@@ -41,7 +42,7 @@ from data import (
     run_program,
     say,
 )
-from evaluate import class_counts, compare, extract, load_split
+from evaluate import class_counts, compare, extract, load_split, positive_int
 
 NEGATIVES = 4  # of an anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
@@ -58,12 +59,15 @@ RECIPES = {"cub": PAPER, "cars": PAPER, "sop": PAPER, "folder": PAPER, "syntheti
 # --------------------------------------------------------------------------- the teacher's training
 
 
-def train(options, progress=None, step_cost=1):
+def train(dataset, options, progress=None, step_cost=1):
     """Train the network that the options describe, or go on with it. Returns it, in eval mode."""
-    dataset = load_training_images(options)
+    if dataset.labels is None:
+        raise UserError(
+            f"{options.dataset} has images directly in it: labels come from sub-folders"
+        )
     net = new_network(options, options.pooling, options.size)
-    groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
-    anchors = 4 * (len(groups) // process_count())
+    some_groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
+    anchors = 4 * (len(some_groups) // process_count())
     run = Run(net, options, anchors, group=4, progress=progress, step_cost=step_cost)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
@@ -170,14 +174,15 @@ class Run:
 
         saved = read_checkpoint(self.path) if self.path.exists() else {}
         refuse_other_run(saved, options, teacher)
-        state = saved.get("training", {"epochs": 0, "log": []})
-        self.first_epoch, self.log = state["epochs"], state["log"]
         net.load_state_dict(saved.get("state_dict", net.state_dict()))
         net.to(self.device, memory_format=torch.channels_last)
         learned = [*net.backbone.parameters(), *net.whiten.parameters()]
         groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=1e-6)
-        self.optimizer.load_state_dict(state.get("optimizer", self.optimizer.state_dict()))
+        self.first_epoch, self.log = 0, []
+        if saved:
+            self.first_epoch, self.log = saved["training"]["epochs"], saved["training"]["log"]
+            self.optimizer.load_state_dict(saved["training"]["optimizer"])
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             max_lr=options.lr,
@@ -251,9 +256,8 @@ def refuse_other_run(saved, options, teacher):
     if saved and saved.get("teacher") != teacher:
         changed.append("another --teacher")
     if changed:
-        raise UserError(
-            f"{options.out} holds another run ({'; '.join(changed)}): give another --out"
-        )
+        changed = "; ".join(changed)
+        raise UserError(f"{options.out} holds another run ({changed}): give another --out")
 
 
 def divide_batch(options, group):
@@ -285,28 +289,22 @@ def new_network(options, pooling, size):
     return net
 
 
-def load_training_images(options):
-    """The readable images that a run trains on. Those it is measured on are checked, too."""
+def load_images(options):
+    """(images to train on, images to measure on), those that can be read; checked before a run."""
     training, test = (
-        load_split(options.dataset, options.root, part, options.unlabelled, options.classes)
-        for part in (("fit", "val") if options.validation else ("train", "test"))
+        load_split(options.dataset, options.root, split, options.unlabelled, options.classes)
+        for split in (("fit", "val") if options.validation else ("train", "test"))
     )
     if test.labels is not None and len(set(test.labels)) == len(test.labels):
         raise UserError(f"no test class of {options.dataset} has two images to find each other")
-    keep_readable(test, options.workers)
-    return keep_readable(training, options.workers)
+    workers = options.workers
+    return keep_readable(training, workers), keep_readable(test, workers)
 
 
 # --------------------------------------------------------------------------- options, the program
 
 
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-
-
-def positive_int(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
 
 
 def not_negative(text):
@@ -349,7 +347,7 @@ def add_common_options(parser):
     add(
         "--batch-size", type=positive_int, help="images (teacher: anchors) of an optimizer step (*)"
     )
-    add("--micro-batch", type=positive_int, help="of a forward pass: less memory, same result (*)")
+    add("--micro-batch", type=positive_int, help="of a forward pass; smaller takes less memory (*)")
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
     add("--min-scale", type=share, help="smallest share of an image's area in a crop (*)")
     add(
@@ -375,17 +373,32 @@ def describe_recipes(recipes):
     return "\n".join(lines)
 
 
-def fill_in(options, recipes):
-    """What the command line leaves open is as in the data set's recipe."""
-    if options.dataset.lower() in recipes:
+def settle_paths(options):
+    """Names of known data sets in lower case, folders as absolute paths."""
+    if options.dataset.lower() in (*COUNTS, "synthetic"):
         options.dataset = options.dataset.lower()
     else:
-        options.dataset = str(Path(options.dataset).expanduser().absolute())
+        options.dataset = absolute(options.dataset)
+    options.root = options.root and absolute(options.root)
+
+
+def absolute(path):
+    return str(Path(path).expanduser().resolve())
+
+
+def fill_in(options, recipes):
+    """What the command line leaves open is as in the data set's recipe; the run gets a folder."""
     for name, value in recipes.get(options.dataset, recipes["folder"]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.root:
-        options.root = str(Path(options.root).expanduser().absolute())
+    if not options.out:
+        large, small = (
+            getattr(options, "teacher_size", None),
+            getattr(options, "student_size", None),
+        )
+        sizes = f"{large}to{small}" if small else options.size
+        options.out = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
+    options.out = str(Path(options.out).expanduser())
 
 
 def settle_classes(options):
@@ -409,27 +422,19 @@ def parse_options(argv=None):
     parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
     parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
     options = parser.parse_args(argv)
-    options.dataset = options.dataset or "synthetic"
-    fill_in(options, RECIPES)
-    name = Path(options.dataset).name
-    options.out = options.out or f"runs/{name}-{options.size}-seed{options.seed}"
-    options.out = str(Path(options.out).expanduser())
     options.unlabelled, options.classes = False, {}
+    options.dataset = options.dataset or "synthetic"
+    settle_paths(options)
+    fill_in(options, RECIPES)
     settle_classes(options)
     return options
 
 
 def main():
     options = parse_options()
-    net = train(options)
-    test = load_split(
-        options.dataset,
-        options.root,
-        "val" if options.validation else "test",
-        trained=options.classes,
-    )
-    how = {"workers": options.workers, "device": options.device, "precision": options.precision}
-    compare(net, [], keep_readable(test, options.workers), **how)
+    training, test = load_images(options)
+    net = train(training, options)
+    compare(net, [], test, device=options.device, workers=options.workers)
     say(f"network: {options.out}/model.pt")
 
 

@@ -3,13 +3,12 @@
     python .github/render_products.py DIR       # DIR/<model>/<view>.jpg; ten minutes on one core
 
 Each 3D model is a class: 10 images from all around, each in its own light and on its own plain or
-cloudy ground. Chance is seeded by the model's name, so everybody gets the same images. A second
-run goes on where the first stopped; another --size or number of --views needs another DIR.
+cloudy ground, the same for everybody. A second run goes on where the first stopped.
 
-Needs `pip install "vtk>=9.5" pillow numpy`, the libraries libegl1 and libgl1, and apt-get, which
-downloads Debian's package sweethome3d-furniture (120 MB) into ~/.cache. Without apt-get, unpack it
-and give --package FOLDER. Its models are CC0 or CC-BY 3.0, by the authors that its file
-usr/share/doc/sweethome3d-furniture/copyright names. Do not commit the images.
+Needs `pip install "vtk>=9.6" pillow numpy`, the libraries libegl1 and libgl1, and Debian's package
+sweethome3d-furniture: apt-get (after an update) downloads it into ~/.cache, 120 MB, or --package
+tells where it is unpacked. Its usr/share/doc/sweethome3d-furniture/copyright names the models'
+authors and licences, CC-BY 3.0 and CC0. Do not commit the images.
 """
 
 import argparse
@@ -29,8 +28,7 @@ def download_package():
     cache = Path.home() / ".cache/sweethome3d-furniture"
     cache.mkdir(parents=True, exist_ok=True)
     get = "apt-get download sweethome3d-furniture && dpkg-deb -x *.deb new && mv new package"
-    if subprocess.run(f"test -d package || ({get})", shell=True, cwd=cache).returncode:
-        raise SystemExit("No models. Does apt-get update help? Otherwise give --package FOLDER.")
+    subprocess.run(f"test -d package || ({get})", shell=True, cwd=cache, check=True)
     return cache / "package"
 
 
@@ -99,7 +97,7 @@ def render_model(file, target, options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("dir", type=Path)
+    parser.add_argument("dir", type=Path, help="another one for other --views or --size")
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--models", type=int, default=9999, help="stop at so many")
@@ -112,11 +110,11 @@ if __name__ == "__main__":
         for file in unpack_models(package, Path(work)):
             target = options.dir / "__".join(file.relative_to(work).with_suffix("").parts)
             if count < options.models and not target.exists():
-                # In a process of its own, for VTK crashes on a few files.
                 child = ForkProcess(target=render_model, args=(file, target, options))
-                child.start()
+                child.start()  # a process of its own, for VTK crashes on a few files
                 child.join()
-                assert child.exitcode <= 0, "an error, not a crash"
+                if child.exitcode and not count:
+                    raise SystemExit("Cannot render. Are libegl1 and libgl1 installed?")
             count += target.exists()
             print(count, "models in", options.dir, end="\r", flush=True)
     print()
