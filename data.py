@@ -461,8 +461,8 @@ def distillation_loader(
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views of an image
-    mixup       mix each view with one of the last 200 images, under the same crop numbers, flip and
-                colours, by a weight from Beta(0.2, 0.2)
+    mixup       mix each view with one of the last 200 decoded images, under the same crop numbers,
+                flip and colours, by a weight from Beta(0.2, 0.2)
     min_scale   smallest share of an image's area in a crop
     epoch_size  most images of an epoch, drawn anew for each
 
@@ -497,15 +497,22 @@ class CoupledViews:
 
     def __iter__(self):
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, process_rank()))
-        pool = []
+        pool, waiting = [], []
         for packed in self.loader:
             images = to_images(packed, self.device)
             pool = (pool + images)[-POOL_SIZE:]
-            draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
-            yield (
-                render_views(images, draws, self.student_size),
-                render_views(images, draws, self.teacher_size),
-            )
+            waiting.append(images)
+            if len(pool) == POOL_SIZE:  # the first batches have as many partners as all others
+                yield self.render(waiting.pop(0), pool, rng)
+        for images in waiting:
+            yield self.render(images, pool, rng)
+
+    def render(self, images, pool, rng):
+        """Views of a batch of images at student's and teacher's size, from the same draws."""
+        draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
+        small = render_views(images, draws, self.student_size)
+        large = render_views(images, draws, self.teacher_size)
+        return small, large
 
 
 class Draws(NamedTuple):
@@ -523,33 +530,26 @@ class Draws(NamedTuple):
 def sample_views(images, pool, views, min_scale, mixup, rng):
     """Draw `views` views of each of B images (3, H, W).
 
-    A view's partner is any other image of the pool, which ends with the B images themselves; an
-    image that is alone is its own. The partner's crop comes from the same random numbers, in its
-    own frame; flip and colours are the same. rng: numpy's Generator.
+    A view's partner for mixup is any other image of the pool; one that is alone is its own partner.
+    The partner's crop comes from the same random numbers, in its own frame; flip and colours are
+    the same. rng: numpy's Generator.
     """
     count = len(images) * views
-    attempts = rng.random((count, 10, 4)).tolist()
+    attempts = rng.random((len(images), views, 10, 4)).tolist()
     flips = torch.from_numpy(rng.random(count) < 0.5)
     factors = torch.from_numpy(rng.uniform(*COLOR_RANGE, (count, 4))).float()
     order = rng.permutation(4).tolist()
     weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
     boxes, partners, partner_boxes = [], [], []
-    for view in range(count):
-        b = view // views
-        boxes.append(crop_box(attempts[view], *images[b].shape[1:], min_scale))
-        if mixup:
-            partner = draw_partner(pool, len(pool) - len(images) + b, rng)
-            partners.append(partner)
-            partner_boxes.append(crop_box(attempts[view], *partner.shape[1:], min_scale))
+    for image, numbers in zip(images, attempts, strict=True):
+        others = [other for other in pool if other is not image] or [image]
+        for view in range(views):
+            boxes.append(crop_box(numbers[view], *image.shape[1:], min_scale))
+            if mixup:
+                partner = others[rng.integers(len(others))]
+                partners.append(partner)
+                partner_boxes.append(crop_box(numbers[view], *partner.shape[1:], min_scale))
     return Draws(boxes, flips, factors, order, partners, partner_boxes, weights)
-
-
-def draw_partner(pool, own_place, rng):
-    """Any image of the pool but the one at own_place, unless there is no other."""
-    if len(pool) == 1:
-        return pool[0]
-    place = rng.integers(len(pool) - 1)
-    return pool[place + 1 if place >= own_place else place]
 
 
 def crop_box(attempts, height, width, min_scale):
