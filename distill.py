@@ -44,8 +44,8 @@ CUB = PAPER | dict(lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684)
 CARS = PAPER | dict(lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731)
 SOP = PAPER | dict(lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778)
 EGGS = dict(teacher_size=64, student_size=32, arch="resnet10-narrow", weights="random", dim=64)
-EGGS |= dict(epochs=6, batch_size=8, micro_batch=8, views=8, min_scale=0.5)
-EGGS |= dict(lr=4e-3, lambda_ts=0.75, lambda_ss=0.75)
+EGGS |= dict(epochs=3, batch_size=8, micro_batch=8, views=8, min_scale=0.5)
+EGGS |= dict(lr=6e-3, lambda_ts=0.75, lambda_ss=0.75)
 RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------------- distillation

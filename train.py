@@ -52,8 +52,8 @@ MARGIN = 0.7  # of the triplet loss
 # the batch size of their teachers: these are our choice.
 PAPER = dict(size=448, arch="resnet50", weights="imagenet", dim=512, epochs=200)
 PAPER |= dict(batch_size=40, micro_batch=8, lr=1e-5, min_scale=0.08)
-EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=6)
-EGGS |= dict(batch_size=16, micro_batch=16, lr=2e-3, min_scale=0.85)
+EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=4)
+EGGS |= dict(batch_size=16, micro_batch=16, lr=1e-3, min_scale=0.85)
 RECIPES = {"cub": PAPER, "cars": PAPER, "sop": PAPER, "folder": PAPER, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------- the teacher's training
