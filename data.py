@@ -879,7 +879,7 @@ class Progress:
         terminal, now, last = sys.stderr.isatty(), time.time(), self.done >= self.total
         elapsed = now - self.began
         left = elapsed * (self.total / self.done - 1)
-        if self.announce and elapsed > 5:
+        if self.announce and self.done > 0.03 * self.total:
             say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
             self.announce = False
         if now - self.shown < (0.2 if terminal else 30) and not last:

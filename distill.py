@@ -20,6 +20,7 @@ from data import (
     EpochSampler,
     Progress,
     UserError,
+    default_workers,
     distillation_loader,
     has_images_directly,
     normalize,
@@ -40,12 +41,13 @@ from train import Run, new_network, positive_int
 # What differs by data set; "folder" is any other. The rates and lambdas are the authors'.
 PAPER = dict(teacher_size=448, student_size=224, arch="resnet50", weights="imagenet", dim=512)
 PAPER |= dict(epochs=200, batch_size=200, micro_batch=8, views=8, min_scale=0.08)
+PAPER |= dict(workers=default_workers())
 CUB = PAPER | dict(lr=1.4025e-4, lambda_ts=0.7718, lambda_ss=0.6684)
 CARS = PAPER | dict(lr=1.1692e-4, lambda_ts=0.6371, lambda_ss=0.7731)
 SOP = PAPER | dict(lr=1.7579e-4, lambda_ts=0.7482, lambda_ss=0.6778)
 EGGS = dict(teacher_size=64, student_size=32, arch="resnet10-narrow", weights="random", dim=64)
-EGGS |= dict(epochs=3, batch_size=8, micro_batch=8, views=8, min_scale=0.5)
-EGGS |= dict(lr=6e-3, lambda_ts=0.75, lambda_ss=0.75)
+EGGS |= dict(epochs=4, batch_size=8, micro_batch=8, views=8, min_scale=0.5)
+EGGS |= dict(lr=6e-3, lambda_ts=0.75, lambda_ss=0.75, workers=0)
 RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------------- distillation

@@ -51,9 +51,9 @@ MARGIN = 0.7  # of the triplet loss
 # What differs by data set; "folder" is any other. The authors do not publish the learning rate and
 # the batch size of their teachers: these are our choice.
 PAPER = dict(size=448, arch="resnet50", weights="imagenet", dim=512, epochs=200)
-PAPER |= dict(batch_size=40, micro_batch=8, lr=1e-5, min_scale=0.08)
-EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=4)
-EGGS |= dict(batch_size=16, micro_batch=16, lr=1e-3, min_scale=0.85)
+PAPER |= dict(batch_size=40, micro_batch=8, lr=1e-5, min_scale=0.08, workers=default_workers())
+EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=6)
+EGGS |= dict(batch_size=16, micro_batch=16, lr=1e-3, min_scale=0.85, workers=0)
 RECIPES = {"cub": PAPER, "cars": PAPER, "sop": PAPER, "folder": PAPER, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------- the teacher's training
@@ -356,7 +356,7 @@ def add_common_options(parser):
         help="measure on the second half of the training classes",
     )
     add("--seed", type=not_negative, default=1234, help="(%(default)s)")
-    add("--workers", type=not_negative, default=default_workers(), help="that decode (one a core)")
+    add("--workers", type=not_negative, help="processes that decode images; one a core (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)"
