@@ -13,7 +13,6 @@ map of h x w positions, P positives and M negatives of an anchor. Vectors are ro
 import hashlib
 import os
 import re
-import tempfile
 import zipfile
 
 import numpy as np
@@ -226,7 +225,9 @@ def load_weights(model, backbone, path):
             f"{path} holds no weights of this network: {len(missing)} are missing or of another "
             f"shape, {missing[0]} among them"
         )
-    model.load_state_dict(fitting, strict=False)
+    whole = model.state_dict()
+    whole.update(fitting)
+    model.load_state_dict(whole)
     return meta.get("mean", MEAN), meta.get("std", STD)
 
 
@@ -367,15 +368,15 @@ def save_checkpoint(path, net, **extra):
 
 def save_atomically(path, content):
     """torch.save to a temporary file, which then replaces `path` in one step."""
-    folder, name = os.path.split(os.path.abspath(path))
-    file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}-", delete=False)
+    temporary = f"{path}.{os.getpid()}.tmp"  # of this process alone
     try:
-        with file:
-            torch.save(content, file)
-        os.replace(file.name, path)
-    except BaseException:
-        os.unlink(file.name)
-        raise
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{path} could not be written ({error})") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def read_checkpoint(path_or_name):

@@ -606,7 +606,7 @@ def resize_by_interpolation(crops, flips, size):
     return torch.cat(resized) / 255
 
 
-def resize_by_products(crops, flips, size, dtype=torch.float16, room=2**28):
+def resize_by_products(crops, flips, size, dtype=torch.float16, room=3 * 2**28):
     """All crops together, as rows @ crop @ columns^T: a GPU does not wait for Python.
 
     room: bytes, roughly, that are used beside the result; crops are taken in parts that fit.
@@ -660,7 +660,8 @@ def adjust_contrast(x, factor):
 
 
 def adjust_saturation(x, factor):
-    x.mul_(factor).add_(to_grey(x).mul_(1 - factor)).clamp_(0, 1)
+    grey = to_grey(x)
+    x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
 
 
 def to_grey(x):
@@ -834,10 +835,14 @@ def find_device(name=None):
     """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name or "cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices")
-    return device
+    name = str(name or "cpu")
+    cards = torch.cuda.device_count()
+    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(cards))) or (name, cards) == (
+        "cuda",
+        0,
+    ):
+        raise UserError(f"--device {name}: there is cpu, and PyTorch finds {cards} CUDA devices")
+    return torch.device(name)
 
 
 def autocast(device, precision):

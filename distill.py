@@ -22,6 +22,7 @@ from data import (
     UserError,
     default_workers,
     distillation_loader,
+    find_device,
     has_images_directly,
     normalize,
     process_count,
@@ -35,8 +36,9 @@ from evaluate import (
     evaluation_loader,
     extract,
     load_network,
+    positive_int,
 )
-from train import Run, new_network, positive_int
+from train import Run, new_network
 
 # What differs by data set; "folder" is any other. The rates and lambdas are the authors'.
 PAPER = dict(teacher_size=448, student_size=224, arch="resnet50", weights="imagenet", dim=512)
@@ -56,6 +58,9 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGG
 def distill(teacher, dataset, options, progress=None, step_cost=1):
     """Distil a student of the teacher, or go on with it. Returns it, in eval mode."""
     student = new_student(teacher, options)
+    teacher.to(find_device(options.device), memory_format=torch.channels_last)
+    teacher.eval().requires_grad_(False)
+    targets = embed_targets(teacher, dataset, options) if options.regression else None
     run = Run(
         student,
         options,
@@ -64,9 +69,8 @@ def distill(teacher, dataset, options, progress=None, step_cost=1):
         progress=progress,
         step_cost=step_cost,
     )
-    teacher.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     if options.regression:
-        regress(teacher, student, dataset, run, options)
+        regress(student, dataset, targets, run, options)
         return student.eval()
     loader = distillation_loader(
         dataset,
@@ -103,13 +107,16 @@ def distill_one_epoch(teacher, student, loader, run, options):
             run.step()
 
 
-def regress(teacher, student, dataset, run, options):
-    """The ablation without augmentation: the absolute term alone, of one evaluation crop an image.
+def embed_targets(teacher, dataset, options):
+    """What regression learns: the teacher's embeddings (N, D) of the large evaluation crops."""
+    device = find_device(options.device)
+    return extract(teacher, dataset, options.teacher_size, device, workers=options.workers).to(
+        device
+    )
 
-    The teacher embeds all images once.
-    """
-    size, workers = options.teacher_size, options.workers
-    targets = extract(teacher, dataset, size, run.device, workers=workers).to(run.device)  # (N, D)
+
+def regress(student, dataset, targets, run, options):
+    """The ablation without augmentation: the absolute term alone, of an image's evaluation crop."""
     sampler = EpochSampler(len(dataset), options.epoch_size, options.seed)
     for epoch in range(run.first_epoch, options.epochs):
         sampler.set_epoch(epoch)
@@ -158,7 +165,7 @@ def miniature(options):
     labels_options = labelled_options(options, "labels", s)
     # An epoch has five passes for each image with labels, one for each view without.
     labelled_passes = 1 + train.NEGATIVES
-    labels_options.epochs = round(options.epochs * options.views / labelled_passes)
+    labels_options.epochs = max(1, round(options.epochs * options.views / labelled_passes))
 
     # The time of a step goes with the pixels of its passes; a backward pass takes two forward ones.
     step_costs = {

@@ -131,6 +131,8 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     numbers = size - int(same_images)
     order = numbers.argsort()
     order = order[numbers[order] > 0]
+    if not len(order):
+        return
     columns = database.T.contiguous()  # (D, N)
     scores_buffer = database.new_empty(2, max(1, chunk // N), N)  # allocating anew takes longer
     for rows in order.split(scores_buffer.shape[1]):
@@ -468,7 +470,8 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
         files = [os.path.join(content["folder"], paths[i]) for i in found.tolist()]
         say(path, *(f"  {score:.4f}  {file}" for score, file in zip(scores, files, strict=True)))
         if figure:
-            answers = [(evaluation_crop(read_image(file), 120), None) for file in files]
+            there = [file for file in files if os.path.exists(file)]
+            answers = [(evaluation_crop(read_image(file), 120), None) for file in there]
             rows.append((evaluation_crop(read_image(path), student.size), [("", answers)]))
     if figure:
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
@@ -501,6 +504,12 @@ def positive_int(text):
     return int(text)
 
 
+def not_negative(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
 def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -522,7 +531,7 @@ def parse_options():
     add("--index", metavar="FILE", help="... into this file; with --query: search it")
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
     add("--top", type=positive_int, default=5, help="answers to a query (default: %(default)s)")
-    add("--workers", type=int, default=default_workers(), help="(default: one a core, %(default)s)")
+    add("--workers", type=not_negative, default=default_workers(), help="that decode (one a core)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
     return parser.parse_args()
@@ -555,6 +564,8 @@ def main():
     options = parse_options()
     device = find_device(options.device)
     how = {"device": device, "workers": options.workers, "precision": options.precision}
+    if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
+        raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
     if options.query:
         if len(options.student) != 1 or not options.index:
             raise UserError("--query needs one --student and an --index FILE")

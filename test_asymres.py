@@ -1444,6 +1444,8 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("evaluate.py --teacher TEACHER --ks 0", "--ks"),
         ("evaluate.py --teacher TEACHER --device gpu", "--device gpu"),
         ("evaluate.py --teacher TEACHER --figure f.png", "--student"),
+        ("evaluate.py --teacher TEACHER --student TEACHER --figure picture", "picture"),
+        ("evaluate.py --teacher TEACHER --workers -1", "--workers"),
         ("evaluate.py --teacher TEACHER --student SIZE-32", "dimensions"),
         ("evaluate.py --teacher TEACHER --json /no/t.json", "/no/t.json"),
         ("evaluate.py --teacher TEACHER --database FOLDER", "--index"),

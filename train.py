@@ -42,7 +42,7 @@ from data import (
     run_program,
     say,
 )
-from evaluate import class_counts, compare, extract, load_split, positive_int
+from evaluate import class_counts, compare, extract, load_split, not_negative, positive_int
 
 NEGATIVES = 4  # of an anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
@@ -305,12 +305,6 @@ def load_images(options):
 
 
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-
-
-def not_negative(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
 
 
 def positive_float(text):
