@@ -22,6 +22,12 @@ import torchvision
 from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
+HEAD = (
+    "avgpool",
+    "dropout",
+    "fc",
+    "classifier",
+)  # torchvision's names of what follows the features
 
 # The authors' checkpoints: teachers of 448 px, networks of 224 px, students of 224 px.
 RELEASED = [
@@ -135,9 +141,7 @@ def build_backbone(arch, pretrained):
     Its children are named as in the authors' checkpoints: `0.weight` is ResNet's conv1.
     """
     if arch in ("googlenet", "inception_v3"):
-        raise NetworkError(
-            f"{arch} expects images of another normalisation, which is not supported"
-        )
+        raise NetworkError(f"{arch} normalises in its own forward pass, which is not supported")
     from_imagenet = pretrained is True
     mean, std = MEAN, STD
     try:
@@ -155,8 +159,7 @@ def build_backbone(arch, pretrained):
         else:
             weights = "IMAGENET1K_V1" if from_imagenet else None
             model = torchvision.models.get_model(arch, weights=weights)
-            head = ("avgpool", "dropout", "fc", "classifier")  # torchvision's names
-            layers = [layer for name, layer in model.named_children() if name not in head]
+            layers = [layer for name, layer in model.named_children() if name not in HEAD]
             backbone = getattr(model, "features", nn.Sequential(*layers))
             if isinstance(model, torchvision.models.DenseNet):  # its forward goes on with a ReLU
                 backbone.add_module("relu", nn.ReLU(inplace=True))
@@ -208,24 +211,24 @@ def load_weights(model, backbone, path):
     if any(name.startswith("backbone.") for name in state):  # of an EmbeddingNet
         state = {name.removeprefix("backbone."): value for name, value in state.items()}
         model = backbone
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    whole = model.state_dict()
     fitting = {
         name: value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) and shapes.get(name) == value.shape
+        if name in whole and whole[name].shape == getattr(value, "shape", None)
     }
-    needed = {id(value) for value in (*backbone.parameters(), *backbone.buffers())}
     missing = [
         name
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-        if id(value) in needed and name not in fitting and not name.endswith("num_batches_tracked")
+        for name in whole
+        if name not in fitting
+        and name.split(".")[0] not in HEAD
+        and not name.endswith("num_batches_tracked")
     ]
     if missing:
         raise NetworkError(
             f"{path} holds no weights of this network: {len(missing)} are missing or of another "
             f"shape, {missing[0]} among them"
         )
-    whole = model.state_dict()
     whole.update(fitting)
     model.load_state_dict(whole)
     return meta.get("mean", MEAN), meta.get("std", STD)
@@ -236,9 +239,7 @@ def count_channels(backbone, arch):
     """C, found by looking: the attributes of torchvision's classifiers are not to be relied on."""
     training = backbone.training
     image = torch.zeros(1, 3, 224, 224)
-    for parameter in backbone.parameters():
-        image = image.to(parameter)  # its device and dtype
-        break
+    image = image.to(next(backbone.parameters(), image))  # its device and dtype
     try:
         features = backbone.eval()(image)
     except Exception as error:  # layers that do not follow one another, as a transformer's
@@ -418,7 +419,11 @@ def load_checkpoint(path_or_name, backbone=None):
     Its `size`, the resolution of its training in px, is None where neither file nor name tell.
     A network with a `backbone` of your own needs it again. Raises NetworkError.
     """
-    content = read_checkpoint(path_or_name)
+    return make_network(read_checkpoint(path_or_name), path_or_name, backbone)
+
+
+def make_network(content, path_or_name, backbone=None):
+    """The EmbeddingNet of what `read_checkpoint` has read."""
     try:
         meta, state = content["meta"], without_wrappers(content["state_dict"])
         dim = len(state["whiten.bias"]) if "whiten.bias" in state else 0

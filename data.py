@@ -9,6 +9,7 @@ device, for all views of a micro-batch together. This file stands alone: copy it
 
 import argparse
 import copy
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
+CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
 
 class UserError(ValueError):
@@ -222,7 +224,7 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
     if training is not None:
         dataset = select_classes(dataset, training, inside=split != "test")
     if known in COUNTS:
-        check_published(known, root, dataset, "test" if split == "test" else "train")
+        check_published(known, root or ".", dataset, "test" if split == "test" else "train")
     if split in ("fit", "val"):
         fit = first_half(sorted(set(dataset.labels)))
         dataset = select_classes(dataset, set(fit), inside=split == "fit")
@@ -232,6 +234,30 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
             "classes is expected, or one of the names cub, cars, sop and synthetic"
         )
     return dataset
+
+
+def class_counts(dataset):
+    """{name: number of images} of the classes of a data set of class folders; {} of others."""
+    counts = {}
+    if dataset.classes:
+        for label in dataset.labels:
+            counts[dataset.classes[label]] = counts.get(dataset.classes[label], 0) + 1
+    return counts
+
+
+def load_split(name, root, split, unlabelled=False, trained=None):
+    """`load_dataset`, with the split of a folder as it was when a network trained on it.
+
+    trained: {class: number of images}, kept in the checkpoint. These classes train and all others
+    test, also those added to the folder since. Says where a class has gained or lost images.
+    """
+    if trained and not unlabelled:
+        now = class_counts(load_dataset(name, root, "train", training_classes=trained))
+        same_folder = set(now) & set(trained)
+        for c in trained if same_folder else ():
+            if trained[c] != now.get(c, 0):
+                say(f"note: {c} trained with {trained[c]} images, now has {now.get(c, 0)}")
+    return load_dataset(name, root, split, unlabelled, trained)
 
 
 def first_half(names):
@@ -331,17 +357,25 @@ def keep_readable(dataset, workers=0):
     """
     if dataset.images is not None:
         return dataset
+    own = range(process_rank(), len(dataset), process_count())  # each process checks its share
     checks = DataLoader(
-        Readable(dataset), batch_size=64, num_workers=workers, worker_init_fn=ignore_ctrl_c
+        Readable(dataset),
+        sampler=own,
+        batch_size=64,
+        num_workers=workers,
+        worker_init_fn=ignore_ctrl_c,
     )
     errors = [error for batch in checks for error in batch]
-    rows = [i for i, error in enumerate(errors) if not error]
-    say(*[error for error in errors if error][:1000])
-    if len(rows) < len(dataset):
-        say(f"{len(dataset) - len(rows)} of {len(dataset)} images cannot be read and are left out")
+    unreadable = {i: error for i, error in zip(own, errors, strict=True) if error}
+    for others in gather(unreadable):
+        unreadable.update(others)
+    rows = [i for i in range(len(dataset)) if i not in unreadable]
+    say(*list(unreadable.values())[:1000])
+    if unreadable:
+        say(f"{len(unreadable)} of {len(dataset)} images cannot be read and are left out")
     if len(rows) < 0.9 * len(dataset):
         raise UserError(f"only {len(rows)} of {len(dataset)} images can be read")
-    return dataset.subset(rows) if len(rows) < len(dataset) else dataset
+    return dataset.subset(rows) if unreadable else dataset
 
 
 class Readable(Dataset):
@@ -414,7 +448,7 @@ def ignore_ctrl_c(worker):
 
 
 def most_pixels_needed(size, min_scale):
-    """Pixels of an image from which on each of its random crops is shrunk to size x size px."""
+    """The pixels of the smallest image of which no random crop has to be enlarged to size px."""
     return size**2 / (min_scale * CROP_RATIO[0])
 
 
@@ -439,7 +473,6 @@ class EpochSampler(Sampler):
 
 # --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
 
-CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a crop
 COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contrast, saturation, hue
 POOL_SIZE = 200  # images from which mixup's partners come
 
@@ -558,9 +591,9 @@ def crop_box(attempts, height, width, min_scale):
     The first of the attempts (area, ratio, top, left) that fits is taken, else the centre.
     """
     low, high = CROP_RATIO
-    for area, ratio, top, left in attempts:
-        area = height * width * (min_scale + (1 - min_scale) * area)
-        ratio = low * (high / low) ** ratio
+    for share, ratio, top, left in attempts:
+        area = height * width * (min_scale + (1 - min_scale) * share)
+        ratio = low * (high / low) ** ratio  # uniform in its logarithm
         h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
         if 0 < h <= height and 0 < w <= width:
             return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
@@ -684,15 +717,10 @@ def adjust_hue(x, shift):
     hue.lerp_(green - blue, torch.eq(red, high, out=mask))
     hue.div_(chroma.clamp(min=1e-12)).add_(6 * shift)
     hue.sub_((hue / 6).floor_().mul_(6))
-    # Red is low within a sixth of its opposite, 3, and high from two sixths on; the others are high
-    # within a sixth of their own place, and low from two sixths on.
-    for channel, place, start, sign in (
-        (red, 3, low, 1),
-        (green, 2, high, -1),
-        (blue, 4, high, -1),
-    ):
-        ramp = (hue - place).abs_().sub_(1).clamp_(0, 1)
-        torch.addcmul(start, chroma, ramp, value=sign, out=channel)
+    # The pure colour of a hue: red |h - 3| - 1, green 2 - |h - 2|, blue 2 - |h - 4|, in [0, 1].
+    torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
+    torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)
+    torch.addcmul(low, chroma, (hue - 4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
 
 
 def random_crops(dataset, batches, size, min_scale, workers, device, rng):
@@ -822,6 +850,14 @@ def broadcast(tensor):
     return tensor
 
 
+def gather(value):
+    """A list of each process's value, of plain Python."""
+    values = [value] * process_count()
+    if process_count() > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
 def average_statistics(net):
     """Batch-norm that trains has other statistics in each process: take their mean, in place."""
     if process_count() > 1 and not net.frozen_batchnorm:
@@ -835,13 +871,10 @@ def find_device(name=None):
     """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = str(name or "cpu")
-    cards = torch.cuda.device_count()
-    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(cards))) or (name, cards) == (
-        "cuda",
-        0,
-    ):
-        raise UserError(f"--device {name}: there is cpu, and PyTorch finds {cards} CUDA devices")
+    name, cards = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(cards) + [f"cuda:{i}" for i in range(cards)]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
     return torch.device(name)
 
 
@@ -858,39 +891,70 @@ def default_workers():
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def positive_int(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
+def not_negative(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def positive_float(text):
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return float(text)
+
+
+def share(text):
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
 def say(*lines):
     """Print lines, in process 0."""
     if process_rank() == 0 and lines:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
         print(*lines, sep="\n", flush=True)
 
 
 class Progress:
     """One line on the terminal: what is going on, how much of it is done, and the time left."""
 
-    def __init__(self, title, total, announce=False):
-        self.title, self.total, self.announce = title, total, announce
-        self.done, self.began = 0, time.time()
-        self.shown = self.began
+    def __init__(self, title, announce=False):
+        self.title, self.announce = title, announce
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # shares of the whole
+        self.began = self.shown = time.time()
 
-    def skip(self, amount):
-        """`amount` of the total was done before: it says nothing of the pace."""
-        self.total -= amount
+    def stage(self, title, share):
+        """What follows is a share of the whole."""
+        self.title, self.share = title, share
 
-    def advance(self, amount=1, note=""):
-        """`amount` of the total is done. Where there is no terminal, a line every half minute."""
-        self.done += amount
+    def skip(self, part):
+        """A part of the stage was done before: it says nothing of the pace."""
+        self.skipped += self.share * part
+        self.done += self.share * part
+
+    def advance(self, part, note=""):
+        """A part of the stage is done. Where there is no terminal, a line every half minute."""
+        self.done += self.share * part
         if process_rank() > 0:
             return
-        terminal, now, last = sys.stderr.isatty(), time.time(), self.done >= self.total
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
         elapsed = now - self.began
-        left = elapsed * (self.total / self.done - 1)
-        if self.announce and self.done > 0.03 * self.total:
+        left = elapsed * (1 - self.done) / (self.done - self.skipped)
+        if self.announce and self.done > 0.03:
             say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
             self.announce = False
         if now - self.shown < (0.2 if terminal else 30) and not last:
             return
         self.shown = now
-        line = f"{self.title}: {self.done / self.total:4.0%}{note}, {format_time(left)} left"
+        line = f"{self.title}: {self.done:4.0%}{note}, {format_time(left)} left"
         if last:  # what was short is not worth a line
             line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
         if terminal:

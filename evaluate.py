@@ -20,7 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 
-from asymres import NetworkError, fingerprint, load_checkpoint, read_checkpoint, save_atomically
+from asymres import (
+    NetworkError,
+    fingerprint,
+    make_network,
+    read_checkpoint,
+    save_atomically,
+)
 from data import (
     ImageDataset,
     Progress,
@@ -34,7 +40,10 @@ from data import (
     keep_readable,
     list_images,
     load_dataset,
+    load_split,
     normalize,
+    not_negative,
+    positive_int,
     process_count,
     process_rank,
     read_image,
@@ -236,13 +245,13 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
     embeddings = torch.zeros(len(dataset), net.dim)
     batches = [rows.tolist() for rows in torch.arange(len(dataset)).split(batch_size)]
     batches = batches[process_rank() :: process_count()]
-    progress = Progress(f"{len(dataset)} images, {size} px", len(batches))
+    progress = Progress(f"{len(dataset)} images, {size} px")
     loader = evaluation_loader(dataset, size, batches, workers, device)
     for rows, crops in zip(batches, loader, strict=True):
         images = normalize(crops.to(device, non_blocking=True) / 255)
         with autocast(device, precision):
             embeddings[rows] = net(images).cpu()
-        progress.advance()
+        progress.advance(1 / len(batches))
     add_over_processes(embeddings)  # the rows of others are 0 here
     return embeddings
 
@@ -268,44 +277,48 @@ def query_cost(net, size, device, precision):
 def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, figure=None, **how):
     """Print the table of accuracy (%) against the cost of a query; return its rows, dicts.
 
-    Networks know their `size`. A student's queries search the teacher's database (asymmetric) and
-    its own (symmetric); "no distillation" are the teacher's own small queries in its database.
-    figure: a file for a picture of what the first student finds. how: passed to `extract`.
+    Each image of the data set is once the query and searches all others: query and database are the
+    same images, embedded by two networks or at two sizes, without the query's own. A student's
+    queries search the teacher's embeddings (asymmetric) and its own (symmetric); "no distillation"
+    are the teacher's own embeddings of small queries. Networks know their `size`.
+
+    supervised   networks trained with labels at the small size
+    figure       file for a picture of what the first student finds
+    how          passed to `extract`
     """
     device = find_device(device)
-    embedded = {}
-
-    def embed(net, size):
-        if (net, size) not in embedded:
-            embedded[net, size] = extract(net, dataset, size, device, **how).to(device)
-        return embedded[net, size]
-
-    small_sizes = sorted({net.size for net in students})
+    labels, embedded, costs = dataset.labels, {}, {}
     # A search: its name, the queries' network and size in px, the database's network.
     searches = [("teacher, symmetric", teacher, teacher.size, teacher)]
-    searches += [("no distillation", teacher, size, teacher) for size in small_sizes]
-    searches += [("labels, symmetric", net, net.size, net) for net in supervised]
+    for size in sorted({net.size for net in students}):
+        searches.append(("no distillation", teacher, size, teacher))
+    for net in supervised:
+        searches.append(("labels, symmetric", net, net.size, net))
     for net in students:
         searches.append(("student, asymmetric", net, net.size, teacher))
         searches.append(("student, symmetric", net, net.size, net))
+    for _, net, size, _ in searches:
+        if (net, size) not in embedded:
+            embedded[net, size] = extract(net, dataset, size, device, **how).to(device)
+            costs[net, size] = query_cost(net, size, device, how.get("precision", "float32"))
     rows = []
     for name, net, size, other in searches:
-        queries, database = embed(net, size), embed(other, other.size)
-        labels = dataset.labels
+        queries, database = embedded[net, size], embedded[other, other.size]
         metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
-        gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
         row = {"": name, "network": net.arch, "query px": size, "database px": other.size}
         row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
-        row |= {"mAP": 100 * metrics["mAP"], "GFLOPs/query": gflops, "ms/query": ms}
-        rows.append(row)
+        row |= {"mAP": 100 * metrics["mAP"]}
+        rows.append(row | dict(zip(("GFLOPs/query", "ms/query"), costs[net, size], strict=True)))
+    say(f"{len(dataset)} images of {len(set(labels))} classes, each once the query for all others:")
     print_table(rows)
     if figure and process_rank() == 0:
         small = students[0].size
         captions = {
-            "no\ndistillation": embed(teacher, small),
-            "student": embed(students[0], small),
+            "no\ndistillation": embedded[teacher, small],
+            "student": embedded[students[0], small],
         }
-        draw_queries(figure, dataset, captions, embed(teacher, teacher.size), small, teacher.size)
+        database = embedded[teacher, teacher.size]
+        draw_queries(figure, dataset, captions, database, small, teacher.size)
     return rows
 
 
@@ -318,18 +331,21 @@ def compare_unlabelled(teacher, student, dataset, photographs, device=None, figu
     device = find_device(device)
     everything = ImageDataset(dataset.paths + photographs.paths)
     database = extract(teacher, everything, teacher.size, device, **how).to(device)
-    rows, captions = [], {f"teacher\n{teacher.size} px": database[: len(dataset)]}
-    for name, net, size in (
-        ("teacher", teacher, teacher.size),
-        ("no distillation", teacher, student.size),
-        ("student", student, student.size),
-    ):
-        queries = extract(net, dataset, size, device, **how).to(device)
+    embedded = {  # by the row's name
+        "teacher": (teacher, teacher.size, database[: len(dataset)]),
+        "no distillation": (teacher, student.size, None),
+        "student": (student, student.size, None),
+    }
+    rows, captions = [], {}
+    for name, (net, size, queries) in embedded.items():
+        if queries is None:
+            queries = extract(net, dataset, size, device, **how).to(device)
         captions[f"{name}\n{size} px"] = queries
         gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
         row = {"": name, "network": net.arch, "query px": size, "database px": teacher.size}
         row |= agreement(queries, database)
         rows.append(row | {"GFLOPs/query": gflops, "ms/query": ms})
+    say(f"{len(dataset)} queries in {len(everything)} images, compared with the teacher's own:")
     print_table(rows)
     if figure and process_rank() == 0:
         draw_queries(figure, everything, captions, database, student.size, teacher.size)
@@ -455,6 +471,8 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
     check_same_teacher(index, content["network"], student, teacher_fingerprint)
     embeddings, paths = content["embeddings"], content["paths"]
+    if embeddings.shape[1] != student.dim:
+        raise UserError(f"{index} has {embeddings.shape[1]} dimensions, the student {student.dim}")
     readable = []
     for path in images:
         try:
@@ -477,10 +495,12 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
 
-def check_same_teacher(name, network, student, teacher_fingerprint):
-    """Raise UserError where embeddings of a network are not those that a student was taught."""
-    known = (teacher_fingerprint, fingerprint(student))
-    if teacher_fingerprint and network not in known:
+def check_same_teacher(name, database_network, student, taught_by):
+    """Raise UserError unless a database is of the network that taught the student, or its own.
+
+    database_network, taught_by: fingerprints; the authors' students do not name their teacher.
+    """
+    if taught_by and database_network not in (taught_by, fingerprint(student)):
         raise UserError(f"{name} is of another network than the teacher of this student")
 
 
@@ -489,25 +509,14 @@ def check_same_teacher(name, network, student, teacher_fingerprint):
 
 def load_network(path):
     """(network, the rest of its checkpoint): a file, or a released name."""
-    net, content = load_checkpoint(path), read_checkpoint(path)
+    content = read_checkpoint(path)
+    net = make_network(content, path)
     if not net.size:
         raise UserError(f"{path} does not say at which size in px the network was trained")
     epochs, planned = content.get("training", {}).get("epochs"), content.get("options", {})
     if epochs and epochs < planned["epochs"]:
         say(f"note: {path} is unfinished, {epochs} of {planned['epochs']} epochs")
     return net, {name: value for name, value in content.items() if name != "state_dict"}
-
-
-def positive_int(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
-
-
-def not_negative(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
 
 
 def parse_options():
@@ -535,29 +544,6 @@ def parse_options():
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
     return parser.parse_args()
-
-
-def class_counts(dataset):
-    """{name: number of images} of the classes of a data set of class folders; {} of others."""
-    counts = {}
-    if dataset.classes:
-        for label in dataset.labels:
-            counts[dataset.classes[label]] = counts.get(dataset.classes[label], 0) + 1
-    return counts
-
-
-def load_split(name, root, split, unlabelled=False, trained=None):
-    """`load_dataset`, where a checkpoint names the classes of a folder that trained: {name: count}.
-
-    All others are test classes, whatever was added to the folder since. Changes are said.
-    """
-    if trained and not unlabelled:
-        now = class_counts(load_dataset(name, root, "train", training_classes=trained))
-        same_folder = set(now) & set(trained)
-        for c in trained if same_folder else ():
-            if trained[c] != now.get(c, 0):
-                say(f"note: {c} trained with {trained[c]} images, now has {now.get(c, 0)}")
-    return load_dataset(name, root, split, unlabelled, trained)
 
 
 def main():
@@ -597,7 +583,10 @@ def main():
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     root = options.root or (saved.get("root") if name == saved.get("dataset") else None)
     unlabelled = options.unlabelled or (not options.dataset and saved.get("unlabelled", False))
-    split = "val" if options.validation or saved.get("validation") else "test"
+    same_data = name == saved.get("dataset")
+    split = "val" if options.validation or (same_data and saved.get("validation")) else "test"
+    if options.validation and same_data and not saved.get("validation"):
+        raise UserError("--validation: the teacher was trained on the validation classes, too")
     dataset = load_split(name, root, split, unlabelled, saved.get("classes"))
     dataset = keep_readable(dataset, options.workers)
     if dataset.labels is None:

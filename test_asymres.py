@@ -54,6 +54,12 @@ def unit_vectors(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+def student_options(words):
+    """The options of distill.py, and the teacher that they name, if any."""
+    options = distill.parse_options(words.split())
+    return options, distill.settle(options)
+
+
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -1065,7 +1071,7 @@ def train_teacher(folder, out, more=""):
 def distil_student(teacher, out, more=""):
     """The student of `distill.py --teacher teacher --out out`, made small, and its teacher."""
     words = f"--teacher {teacher} --out {out} --student-size 32 --views 2 {SMALL} {more}"
-    options, net = distill.parse_options(words.split())
+    options, net = student_options(words)
     training, _ = train.load_images(options)
     return distill.distill(net, training, options), net
 
@@ -1174,12 +1180,12 @@ def test_regression_compares_the_evaluation_crops(teacher, tmp_path):
 
 def test_what_a_student_takes_from_its_teacher(folder, teacher, tmp_path):
     """Data set, network, weights to start from, large size; a command line may say otherwise."""
-    options, net = distill.parse_options(f"--teacher {teacher} --out {tmp_path}".split())
+    options, net = student_options(f"--teacher {teacher} --out {tmp_path}")
     assert (options.dataset, options.arch, options.dim) == (str(folder), "resnet10-narrow", 8)
     assert (options.teacher_size, options.student_size) == (48, 224)
     assert options.weights == "random" and set(options.classes) == {"class0", "class1", "class2"}
     words = f"--teacher {teacher} --out {tmp_path} --arch resnet18 --dim 4 --teacher-size 64"
-    options, net = distill.parse_options(words.split())
+    options, net = student_options(words)
     assert (options.arch, options.weights, options.dim) == ("resnet18", "imagenet", 4)
     assert options.teacher_size == 64
 
@@ -1189,7 +1195,7 @@ def test_a_student_may_learn_from_images_that_its_teacher_never_saw(teacher, pho
     write_images(*(tmp_path / "B" / f"kind{i % 4}" / f"{i}.png" for i in range(16)))
     for folder, count in ((tmp_path / "B", 8), (photographs, 36)):
         words = f"--teacher {teacher} --out {tmp_path / 'out'} --dataset {folder} --workers 0"
-        training, test = train.load_images(distill.parse_options(words.split())[0])
+        training, test = train.load_images(student_options(words)[0])
         assert len(training) == count and (test.labels is None) == (folder == photographs)
 
 
@@ -1200,7 +1206,7 @@ def test_the_classes_that_train_stay_when_folders_are_added(folder, tmp_path, ca
     write_images(copy / "another" / "1.png", copy / "another" / "2.png")
     os.remove(copy / "class1" / "0.png")
     words = f"--teacher {tmp_path / 'run' / 'model.pt'} --out {tmp_path / 'student'} --workers 0"
-    training, test = train.load_images(distill.parse_options(words.split())[0])
+    training, test = train.load_images(student_options(words)[0])
     expected = {"class0", "class1", "class2"}
     assert {training.classes[label] for label in training.labels} == expected
     expected = {"another", "class3", "class4", "class5"}
@@ -1407,10 +1413,10 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("train.py --micro-batch 3", "--micro-batch 3 must be at least 4"),
         ("train.py --pooling avg", "--pooling"),
         ("train.py --device gpu", "--device gpu"),
-        ("train.py --device cuda", "finds 0 CUDA devices"),
+        ("train.py --device cuda", "finds cpu"),
         ("train.py --arch resnet1O", "resnet1O"),
         ("train.py --arch swin_t", "no feature map"),
-        ("train.py --arch googlenet", "normalisation"),
+        ("train.py --arch googlenet", "normalises in its own"),
         ("train.py --arch timm/resnet18", "pip install timm"),
         ("train.py --arch squeezenet1_1 --size 8", "8 px is too small"),
         ("train.py --arch squeezenet1_1 --weights imagenet", "--weights FILE"),
@@ -1626,7 +1632,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
     code, said, _ = run(f"{teacher} {small} --size 48 --out runs/cub-448-seed1234")
     assert code == 0 and "teacher, symmetric" in said
-    options, _ = distill.parse_options(student.split()[1:])
+    options, _ = student_options(student.partition(" ")[2])
     assert options.out == "runs/cub-448to224-seed1234" or options.teacher_size == 48
     out = "--out runs/cub-448to224-seed1234"
     code, said, _ = run(f"{student} {small} --views 2 --student-size 32 {out}")

@@ -33,42 +33,71 @@ from data import (
     autocast,
     average_statistics,
     broadcast,
+    class_counts,
     default_workers,
     find_device,
     keep_readable,
+    load_split,
+    not_negative,
+    positive_float,
+    positive_int,
     process_count,
     process_rank,
     random_crops,
     run_program,
     say,
+    share,
 )
-from evaluate import class_counts, compare, extract, load_split, not_negative, positive_int
+from evaluate import compare, extract
 
 NEGATIVES = 4  # of an anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
 MARGIN = 0.7  # of the triplet loss
+WEIGHT_DECAY = 1e-6  # of AdamW; none for GeM's p
+DIV_FACTOR = 10  # of the one-cycle schedule: from lr / 10 up to lr, then down to nothing
 
-# What differs by data set; "folder" is any other. The authors do not publish the learning rate and
-# the batch size of their teachers: these are our choice.
-PAPER = dict(size=448, arch="resnet50", weights="imagenet", dim=512, epochs=200)
-PAPER |= dict(batch_size=40, micro_batch=8, lr=1e-5, min_scale=0.08, workers=default_workers())
-EGGS = dict(size=64, arch="resnet10-narrow", weights="random", dim=64, epochs=6)
-EGGS |= dict(batch_size=16, micro_batch=16, lr=1e-3, min_scale=0.85, workers=0)
-RECIPES = {"cub": PAPER, "cars": PAPER, "sop": PAPER, "folder": PAPER, "synthetic": EGGS}
+# What differs by data set; "folder" is any other. Of photographs the size, network and epochs are
+# the paper's; the learning rate and the batch size of its teachers are not published: ours are
+# untested choices.
+PHOTOGRAPHS = dict(
+    size=448,
+    arch="resnet50",
+    weights="imagenet",
+    dim=512,
+    epochs=200,
+    batch_size=40,
+    micro_batch=8,
+    lr=1e-5,
+    min_scale=0.08,
+    workers=default_workers(),
+)
+EGGS = dict(
+    size=64,
+    arch="resnet10-narrow",
+    weights="random",
+    dim=64,
+    epochs=6,
+    batch_size=16,
+    micro_batch=16,
+    lr=1e-3,
+    min_scale=0.85,
+    workers=0,
+)
+RECIPES = {name: PHOTOGRAPHS for name in ("cub", "cars", "sop", "folder")} | {"synthetic": EGGS}
 
 # --------------------------------------------------------------------------- the teacher's training
 
 
-def train(dataset, options, progress=None, step_cost=1):
-    """Train the network that the options describe, or go on with it. Returns it, in eval mode."""
+def train(dataset, options, net=None, progress=None):
+    """Train a network, by default that of the options, or resume it. Returns it, in eval mode."""
     if dataset.labels is None:
         raise UserError(
             f"{options.dataset} has images directly in it: labels come from sub-folders"
         )
-    net = new_network(options, options.pooling, options.size)
-    some_groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
-    anchors = 4 * (len(some_groups) // process_count())
-    run = Run(net, options, anchors, group=4, progress=progress, step_cost=step_cost)
+    net = net or new_network(options, options.pooling, options.size)
+    groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
+    anchors = 4 * (len(groups) // process_count())  # the same number in every epoch
+    run = Run(net, options, anchors, group=4, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
         train_one_epoch(net, dataset, rows, epoch, run, options)
@@ -158,13 +187,13 @@ class Run:
     images     anchors or images that this process sees in an epoch
     group      how many of them stay together in a micro-batch
     teacher    fingerprint of the student's teacher
-    progress   shared with other runs, to which a step adds step_cost
+    progress   shared with other runs
 
     Loss and gradients are sums over images, so that a step does not depend on how it is divided
     into micro-batches: `micro_batch` images each, `accumulate` of them for a step.
     """
 
-    def __init__(self, net, options, images, group=1, teacher=None, progress=None, step_cost=1):
+    def __init__(self, net, options, images, group=1, teacher=None, progress=None):
         self.net, self.options, self.teacher = net, options, teacher
         self.device = find_device(options.device)
         self.path = Path(options.out, "model.pt")
@@ -178,7 +207,7 @@ class Run:
         net.to(self.device, memory_format=torch.channels_last)
         learned = [*net.backbone.parameters(), *net.whiten.parameters()]
         groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=1e-6)
+        self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=WEIGHT_DECAY)
         self.first_epoch, self.log = 0, []
         if saved:
             self.first_epoch, self.log = saved["training"]["epochs"], saved["training"]["log"]
@@ -187,13 +216,12 @@ class Run:
             self.optimizer,
             max_lr=options.lr,
             total_steps=options.epochs * self.steps,
-            div_factor=10,
+            div_factor=DIV_FACTOR,
             last_epoch=self.first_epoch * self.steps - 1,
         )
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        self.progress = progress or Progress(options.out, options.epochs * self.steps)
-        self.progress.skip(self.first_epoch * self.steps * step_cost)
-        self.step_cost = step_cost
+        self.progress = progress or Progress(options.out)
+        self.progress.skip(self.first_epoch / options.epochs)
         self.begin_epoch()
 
     def autocast(self):
@@ -215,7 +243,7 @@ class Run:
         self.schedule.step()
         last = f", loss {self.log[-1]['loss']:.4g}" if self.log else ""
         note = f", epoch {len(self.log) + 1} of {self.options.epochs}{last}"
-        self.progress.advance(self.step_cost, note)
+        self.progress.advance(1 / (self.steps * self.options.epochs), note)
 
     def end_epoch(self, epoch):
         """Log the epoch and write the checkpoint from which the same command goes on."""
@@ -228,7 +256,7 @@ class Run:
         entry = {"epoch": epoch, "loss": loss, "lr": self.schedule.get_last_lr()[0]}
         entry |= {"seconds": seconds, "images_per_s": images / seconds}
         if self.device.type == "cuda":
-            entry["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log.append(entry)
         if process_rank() == 0:
             state = {"epochs": epoch + 1, "log": self.log, "optimizer": self.optimizer.state_dict()}
@@ -305,18 +333,6 @@ def load_images(options):
 
 
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-
-
-def positive_float(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return float(text)
-
-
-def share(text):
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
 
 
 def add_common_options(parser):
@@ -406,6 +422,7 @@ def settle_classes(options):
 
 
 def parse_options(argv=None):
+    """The command line, with what it leaves open filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=describe_recipes(RECIPES),
