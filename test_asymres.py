@@ -22,6 +22,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+os.environ["CARDS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers everywhere
 
 import numpy as np
@@ -399,7 +400,7 @@ def test_networks_are_torchvisions_up_to_the_pooling(arch, tmp_path):
 
 def test_networks_that_are_refused():
     for arch, why in (
-        ("googlenet", "normalisation"),
+        ("googlenet", "normalises"),
         ("swin_t", "no feature map"),
         ("vit_b_16", "no convolutional feature map"),
         ("resnet1O", "cannot be had"),
@@ -911,6 +912,27 @@ def test_workers_do_not_change_the_batches_and_leave_with_their_loader():
         assert same_batches(expected, loader)
     next(iter(loader_of(dataset, workers=2)))  # and left
     assert not multiprocessing.active_children()
+
+
+ON_A_CARD = """
+import sys, torch
+from data import distillation_loader, load_dataset
+if not torch.cuda.is_available():
+    sys.exit(5)
+eggs = load_dataset("synthetic")
+batches = [next(iter(distillation_loader(eggs, 32, 64, device=where))) for where in ("cpu", "cuda")]
+for ours, theirs in zip(*batches):
+    assert theirs.is_cuda and (ours - theirs.cpu()).abs().max() < 0.1  # a few of 255 grey levels
+"""
+
+
+def test_views_on_a_card():
+    """A GPU makes the views that a CPU makes of the same seed, to grey levels."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["CARDS"]}
+    result = subprocess.run([sys.executable, "-c", ON_A_CARD], cwd=HERE, env=environment)
+    if result.returncode == 5:
+        pytest.skip("needs a GPU")
+    assert result.returncode == 0
 
 
 # -------------------------------------------------------------------------------------- data sets
