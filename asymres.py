@@ -22,12 +22,8 @@ import torchvision
 from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
-HEAD = (
-    "avgpool",
-    "dropout",
-    "fc",
-    "classifier",
-)  # torchvision's names of what follows the features
+# torchvision's names of what follows the last feature map
+HEAD = ("avgpool", "dropout", "fc", "classifier")
 
 # The authors' checkpoints: teachers of 448 px, networks of 224 px, students of 224 px.
 RELEASED = [
@@ -130,7 +126,7 @@ class EmbeddingNet(nn.Module):
         features = self.backbone(x)  # (B, C, h, w)
         with torch.autocast(features.device.type, enabled=False):  # the head in float32
             x = F.normalize(self.pool(features.float()).flatten(1))  # (B, C)
-            x = self.whiten(x.to(images.dtype))  # in half precision only after net.half()
+            x = self.whiten(x.to(images.dtype))  # float32, unless the caller has called net.half()
             x = F.normalize(x.float())  # (B, D)
         return x.unflatten(0, images.shape[:-3])
 

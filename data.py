@@ -196,7 +196,9 @@ class ImageDataset(Dataset):
 
 
 def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
-    """An ImageDataset: "cub", "cars", "sop" (in `root`), "synthetic", or a folder (`root`, `name`).
+    """An ImageDataset: "cub", "cars", "sop" (in `root`), "synthetic", or a folder.
+
+    name        or, of a folder, its path; where `root` is given, that is the folder
 
     split       "train" or "test", of other classes; "fit" and "val", the halves of the training
                 classes, are for choosing settings
@@ -234,6 +236,19 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
             "classes is expected, or one of the names cub, cars, sop and synthetic"
         )
     return dataset
+
+
+def settle_dataset(name, root):
+    """(name, root) as checkpoints keep them: known names in lower case, absolute paths."""
+    if name.lower() in (*COUNTS, "synthetic"):
+        name = name.lower()
+    else:
+        name = absolute(name)
+    return name, root and absolute(root)
+
+
+def absolute(path):
+    return str(Path(path).expanduser().resolve())
 
 
 def class_counts(dataset):
@@ -494,8 +509,8 @@ def distillation_loader(
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views of an image
-    mixup       mix each view with one of the last 200 decoded images, under the same crop numbers,
-                flip and colours, by a weight from Beta(0.2, 0.2)
+    mixup       mix each view with one of 200 images decoded around it, under the same crop
+                numbers, flip and colours, by a weight from Beta(0.2, 0.2)
     min_scale   smallest share of an image's area in a crop
     epoch_size  most images of an epoch, drawn anew for each
 
@@ -530,12 +545,14 @@ class CoupledViews:
 
     def __iter__(self):
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, process_rank()))
+        # A batch waits until 200 images are decoded: it is then the oldest of the pool, and most of
+        # its partners are read after it. The last batches share the last pool.
         pool, waiting = [], []
         for packed in self.loader:
             images = to_images(packed, self.device)
             pool = (pool + images)[-POOL_SIZE:]
             waiting.append(images)
-            if len(pool) == POOL_SIZE:  # the first batches have as many partners as all others
+            if len(pool) == POOL_SIZE:
                 yield self.render(waiting.pop(0), pool, rng)
         for images in waiting:
             yield self.render(images, pool, rng)

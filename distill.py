@@ -10,7 +10,6 @@ distils a student in a few minutes on a CPU. In the last one an ImageNet network
 
 import argparse
 import copy
-from pathlib import Path
 
 import torch
 
@@ -25,10 +24,12 @@ from data import (
     find_device,
     has_images_directly,
     normalize,
+    positive_int,
     process_count,
     process_rank,
     run_program,
     say,
+    settle_dataset,
 )
 from evaluate import (
     compare,
@@ -36,11 +37,10 @@ from evaluate import (
     evaluation_loader,
     extract,
     load_network,
-    positive_int,
 )
 from train import Run, new_network
 
-# What differs by data set; "folder" is any other. The numbers of photographs are the paper's.
+# What differs by data set; "folder" is any other. The values for CUB, Cars and SOP are the paper's.
 CUB = dict(
     teacher_size=448,
     student_size=224,
@@ -84,6 +84,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
     """Distil a student, by default that of the options, or resume it. Returns it, in eval mode."""
     device = find_device(options.device)
     student = student or new_student(teacher, options)
+    student.size, teacher.size = options.student_size, options.teacher_size
     if student.dim != teacher.dim:
         raise UserError(
             f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
@@ -169,9 +170,7 @@ def new_student(teacher, options):
         return new_network(options, teacher.pooling, options.student_size)
     if options.arch != teacher.arch:
         raise UserError(f"--weights teacher: the teacher is {teacher.arch}, not {options.arch}")
-    student = copy.deepcopy(teacher)
-    student.size = options.student_size
-    return student
+    return copy.deepcopy(teacher).requires_grad_(True)
 
 
 # ------------------------------------------------------------------------- the paper in miniature
@@ -219,7 +218,7 @@ def labelled_options(options, name, size):
     argv += ["--workers", options.workers, "--precision", options.precision]
     argv += ["--device", options.device] if options.device else []
     argv += ["--validation"] if options.validation else []
-    return train.parse_options([str(word) for word in argv])
+    return train.settle(train.parse_options([str(word) for word in argv]))
 
 
 def finish(teacher, student, training, test, options, supervised=()):
@@ -268,7 +267,7 @@ def settle(options):
         teacher, content = load_network(options.teacher)
         inherit_from_teacher(options, teacher, content.get("options", {}))
     options.dataset = options.dataset or "synthetic"
-    train.settle_paths(options)
+    options.dataset, options.root = settle_dataset(options.dataset, options.root)
     if options.dataset in RECIPES and options.unlabelled:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if options.dataset not in RECIPES and has_images_directly(options.root or options.dataset):
@@ -278,6 +277,7 @@ def settle(options):
             raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
         options.dim = 0
     train.fill_in(options, RECIPES)
+    train.name_run(options, f"{options.teacher_size}to{options.student_size}")
     train.settle_classes(options)
     return teacher
 
@@ -285,9 +285,10 @@ def settle(options):
 def inherit_from_teacher(options, teacher, saved):
     """Take what the command line leaves open from the teacher's checkpoint."""
     options.arch = options.arch or teacher.arch
-    if options.dim is None:
-        options.dim = teacher.dim if isinstance(teacher.whiten, torch.nn.Linear) else 0
     options.teacher_size = options.teacher_size or teacher.size
+    if options.dim is None:
+        whitened = isinstance(teacher.whiten, torch.nn.Linear)
+        options.dim = teacher.dim if whitened or options.arch != teacher.arch else 0
     if options.arch == teacher.arch:
         options.weights = options.weights or saved.get("weights")
     if options.dataset is None:
@@ -295,19 +296,17 @@ def inherit_from_teacher(options, teacher, saved):
             raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
         options.dataset, options.root = saved["dataset"], options.root or saved["root"]
         options.unlabelled = options.unlabelled or saved["unlabelled"]
+    name, _ = settle_dataset(options.dataset, options.root)
+    if name == saved.get("dataset"):
+        options.classes = saved["classes"]
         if options.validation and not saved["validation"]:
             raise UserError("--validation: the teacher was trained on the validation classes, too")
         options.validation = saved["validation"]
-    options.classes = saved.get("classes", {})
 
 
 def imagenet_teacher(options):
     """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
-    teacher = new_network(options, "gem", options.teacher_size).eval()
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    if process_rank() == 0:
-        save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
-    return teacher
+    return new_network(options, "gem", options.teacher_size).eval()
 
 
 def main():
@@ -321,6 +320,8 @@ def main():
             raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
         teacher = imagenet_teacher(options)
     student = distill(teacher, training, options)
+    if options.teacher is None and process_rank() == 0:  # to index and search with
+        save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     finish(teacher, student, training, test, options)
 
 

@@ -49,6 +49,7 @@ from data import (
     read_image,
     run_program,
     say,
+    settle_dataset,
     to_rgb,
 )
 
@@ -90,6 +91,7 @@ def retrieval_metrics(
     check_embeddings(queries, database)
     if queries.dtype != torch.float64:
         queries, database = queries.float(), database.float()
+    queries = queries.to(database.device)
     query_labels = as_labels(query_labels, queries)
     database_labels = as_labels(database_labels, database)
     if min(ks, default=1) < 1:
@@ -154,6 +156,7 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         if same_images:
             scores.scatter_(1, rows[:, None], -torch.inf)
         found = scores.gather(1, correct).masked_fill(padding, -torch.inf)
+        # The own row and padding are -inf and so last; the caller drops what is beyond `numbers`.
         found = found.sort(descending=True).values[:, : int(numbers[rows].max())]  # (q, m)
         scores.scatter_(1, correct, -torch.inf)  # what is left are wrong images
         # A rank: how many wrong images score at least as much, and how many correct ones more.
@@ -203,7 +206,7 @@ def as_labels(labels, embeddings):
         raise ValueError(
             f"{len(embeddings)} integer labels are needed, not {tuple(labels.shape)} {labels.dtype}"
         )
-    return labels
+    return labels.long()
 
 
 # ------------------------------------------------------------------------------------- embedding
@@ -573,6 +576,7 @@ def main():
         check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
         if student.dim != teacher.dim:
             raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
+        teacher.size = about.get("options", {}).get("teacher_size") or teacher.size
     students = [student for student, _ in students]
     if options.figure and not students:
         raise UserError("--figure shows what a --student finds: which one?")
@@ -581,9 +585,10 @@ def main():
     name = options.dataset or saved.get("dataset")
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-    root = options.root or (saved.get("root") if name == saved.get("dataset") else None)
-    unlabelled = options.unlabelled or (not options.dataset and saved.get("unlabelled", False))
+    name, root = settle_dataset(name, options.root)
     same_data = name == saved.get("dataset")
+    root = root or (saved.get("root") if same_data else None)
+    unlabelled = options.unlabelled or (not options.dataset and saved.get("unlabelled", False))
     split = "val" if options.validation or (same_data and saved.get("validation")) else "test"
     if options.validation and same_data and not saved.get("validation"):
         raise UserError("--validation: the teacher was trained on the validation classes, too")

@@ -1085,7 +1085,7 @@ def photographs(tmp_path_factory):
 def train_teacher(folder, out, more=""):
     """The network of `train.py --dataset folder --out out --size 48`, made small; no table."""
     words = f"--dataset {folder} --out {out} --size 48 {SMALL} {more}"
-    options = train.parse_options(words.split())
+    options = train.settle(train.parse_options(words.split()))
     training, _ = train.load_images(options)
     return train.train(training, options)
 
@@ -1115,7 +1115,7 @@ def test_the_images_of_an_epoch_of_mining(folder, tmp_path):
     labels = np.array([0] * 9 + [1] * 5 + [2] * 3 + [3] * 9 + [4])  # 2 and 4 are too small
     dataset = ImageDataset(images=noise(len(labels), 32, 32, 3), labels=labels.tolist())
     words = f"--dataset {folder} --out {tmp_path} --size 32 {SMALL} --epoch-size 10"
-    options = train.parse_options(words.split())
+    options = train.settle(train.parse_options(words.split()))
     epochs = [train.mine(small_net(), dataset, epoch, options) for epoch in range(12)]
     assert set(torch.cat(epochs).flatten().tolist()) == {
         i for i, label in enumerate(labels) if label not in (2, 4)
@@ -1321,7 +1321,9 @@ def test_two_processes(folder, teacher, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, timeout=100, capture_output=True)
     assert b"about to die" in done.stdout, done.stderr.decode()
     assert done.returncode != 0 and not (tmp_path / "survivor").exists()
-    first, second = (torch.load(tmp_path / f"process{rank}.pt") for rank in (0, 1))
+    first, second = (
+        torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     for name in ("teacher", "student"):
         assert first[name]["passes"] == second[name]["passes"]
         for key, value in first[name]["state"].items():
@@ -1651,7 +1653,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     code, said, _ = run(download)
     assert code == 0 and "12 train images" in said and "12 test images" in said
 
-    assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
+    assert train.settle(train.parse_options(teacher.split()[1:])).out == "runs/cub-448-seed1234"
     code, said, _ = run(f"{teacher} {small} --size 48 --out runs/cub-448-seed1234")
     assert code == 0 and "teacher, symmetric" in said
     options, _ = student_options(student.partition(" ")[2])
@@ -1659,7 +1661,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     out = "--out runs/cub-448to224-seed1234"
     code, said, _ = run(f"{student} {small} --views 2 --student-size 32 {out}")
     assert code == 0 and "student, asymmetric" in said
-    assert train.parse_options(baseline.split()[1:]).out == "runs/cub-224-seed1234"
+    assert train.settle(train.parse_options(baseline.split()[1:])).out == "runs/cub-224-seed1234"
     code, said, _ = run(f"{baseline} {small} --size 32 --out runs/cub-224-seed1234")
     assert code == 0
 

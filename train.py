@@ -26,7 +26,6 @@ from asymres import (
     triplet_loss,
 )
 from data import (
-    COUNTS,
     Progress,
     UserError,
     add_over_processes,
@@ -46,6 +45,7 @@ from data import (
     random_crops,
     run_program,
     say,
+    settle_dataset,
     share,
 )
 from evaluate import compare, extract
@@ -95,6 +95,7 @@ def train(dataset, options, net=None, progress=None):
             f"{options.dataset} has images directly in it: labels come from sub-folders"
         )
     net = net or new_network(options, options.pooling, options.size)
+    net.size = options.size
     groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
     anchors = 4 * (len(groups) // process_count())  # the same number in every epoch
     run = Run(net, options, anchors, group=4, progress=progress)
@@ -189,8 +190,8 @@ class Run:
     teacher    fingerprint of the student's teacher
     progress   shared with other runs
 
-    Loss and gradients are sums over images, so that a step does not depend on how it is divided
-    into micro-batches: `micro_batch` images each, `accumulate` of them for a step.
+    A step takes `accumulate` micro-batches of `micro_batch` images. Loss and gradient are sums over
+    images: with the same views and frozen batch-norm a step does not depend on how it is divided.
     """
 
     def __init__(self, net, options, images, group=1, teacher=None, progress=None):
@@ -203,7 +204,8 @@ class Run:
 
         saved = read_checkpoint(self.path) if self.path.exists() else {}
         refuse_other_run(saved, options, teacher)
-        net.load_state_dict(saved.get("state_dict", net.state_dict()))
+        if saved:
+            net.load_state_dict(saved["state_dict"])
         net.to(self.device, memory_format=torch.channels_last)
         learned = [*net.backbone.parameters(), *net.whiten.parameters()]
         groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
@@ -332,6 +334,7 @@ def load_images(options):
 # --------------------------------------------------------------------------- options, the program
 
 
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
 
 
@@ -340,37 +343,24 @@ def add_common_options(parser):
     add = parser.add_argument
     add(
         "--dataset",
-        help="cub, cars, sop, synthetic or a folder (default: synthetic, or the teacher's)",
+        help="cub, cars, sop, synthetic, a folder (default: synthetic or the teacher's)",
     )
     add("--root", help="where the data set is (default: here, or where the teacher found it)")
     add("--out", help="folder of the run (default: a name in runs/)")
     add("--arch", help="network of torchvision, timm/NAME or resnet10 (*)")
     add("--weights", help="to start from: imagenet, random, a file; of a student also: teacher (*)")
     add("--dim", type=not_negative, help="dimensions of an embedding; 0: without whitening (*)")
-    add("--epochs", type=positive_int, help="(*)")
-    add(
-        "--epoch-size",
-        type=positive_int,
-        default=8000,
-        help="most images of an epoch (%(default)s)",
-    )
-    add(
-        "--batch-size", type=positive_int, help="images (teacher: anchors) of an optimizer step (*)"
-    )
-    add("--micro-batch", type=positive_int, help="of a forward pass; smaller takes less memory (*)")
+    add("--epochs", type=positive_int, help="epochs of the training (*)")
+    add("--epoch-size", type=positive_int, default=8000, help="most images of an epoch (8000)")
+    add("--batch-size", type=positive_int, help="images (teacher: anchors) of a step (*)")
+    add("--micro-batch", type=positive_int, help="of these in the networks at once (*)")
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
     add("--min-scale", type=share, help="smallest share of an image's area in a crop (*)")
-    add(
-        "--validation",
-        action="store_true",
-        help="measure on the second half of the training classes",
-    )
-    add("--seed", type=not_negative, default=1234, help="(%(default)s)")
-    add("--workers", type=not_negative, help="processes that decode images; one a core (*)")
+    add("--validation", action="store_true", help="measure on half of the training classes")
+    add("--seed", type=not_negative, default=1234, help="of all that is random (1234)")
+    add("--workers", type=not_negative, help="processes that decode images (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    add(
-        "--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)"
-    )
+    add("--precision", choices=PRECISIONS, default="auto", help="of the backbone (auto)")
 
 
 def describe_recipes(recipes):
@@ -383,32 +373,17 @@ def describe_recipes(recipes):
     return "\n".join(lines)
 
 
-def settle_paths(options):
-    """Names of known data sets in lower case, folders as absolute paths."""
-    if options.dataset.lower() in (*COUNTS, "synthetic"):
-        options.dataset = options.dataset.lower()
-    else:
-        options.dataset = absolute(options.dataset)
-    options.root = options.root and absolute(options.root)
-
-
-def absolute(path):
-    return str(Path(path).expanduser().resolve())
-
-
 def fill_in(options, recipes):
-    """What the command line leaves open is as in the data set's recipe; the run gets a folder."""
+    """What the command line leaves open is as in the data set's recipe."""
     for name, value in recipes.get(options.dataset, recipes["folder"]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if not options.out:
-        large, small = (
-            getattr(options, "teacher_size", None),
-            getattr(options, "student_size", None),
-        )
-        sizes = f"{large}to{small}" if small else options.size
-        options.out = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
-    options.out = str(Path(options.out).expanduser())
+
+
+def name_run(options, sizes):
+    """The folder of the run: as asked for, or a name in runs/."""
+    default = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
+    options.out = str(Path(options.out or default).expanduser())
 
 
 def settle_classes(options):
@@ -422,7 +397,7 @@ def settle_classes(options):
 
 
 def parse_options(argv=None):
-    """The command line, with what it leaves open filled in."""
+    """The command line, and nothing else."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=describe_recipes(RECIPES),
@@ -432,17 +407,22 @@ def parse_options(argv=None):
     add_common_options(parser)
     parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
     parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def settle(options):
+    """Fill in what the command line leaves open. Returns the options."""
     options.unlabelled, options.classes = False, {}
-    options.dataset = options.dataset or "synthetic"
-    settle_paths(options)
+    name = options.dataset or "synthetic"
+    options.dataset, options.root = settle_dataset(name, options.root)
     fill_in(options, RECIPES)
+    name_run(options, options.size)
     settle_classes(options)
     return options
 
 
 def main():
-    options = parse_options()
+    options = settle(parse_options())
     training, test = load_images(options)
     net = train(training, options)
     compare(net, [], test, device=options.device, workers=options.workers)
