@@ -248,6 +248,7 @@ def settle_dataset(name, root):
 
 
 def absolute(path):
+    """The whole path, with ~ and links followed."""
     return str(Path(path).expanduser().resolve())
 
 
@@ -276,15 +277,18 @@ def load_split(name, root, split, unlabelled=False, trained=None):
 
 
 def first_half(names):
+    """The first half of a list, and the middle one of an odd number."""
     return names[: (len(names) + 1) // 2]
 
 
 def select_classes(dataset, labels, inside):
+    """The images inside or outside of some classes, by label."""
     rows = [i for i, label in enumerate(dataset.labels) if (label in labels) == inside]
     return dataset.subset(rows)
 
 
 def has_images_directly(folder):
+    """Whether images lie in the folder itself, not only in folders below it."""
     return os.path.isdir(folder) and any(is_image(entry.path) for entry in os.scandir(folder))
 
 
@@ -326,13 +330,15 @@ def load_published(name, root):
     return ImageDataset([os.path.join(root, path) for path in paths], map(int, labels))
 
 
-def read_cub(root):  # 1 001.Black_footed_Albatross/x.jpg
+def read_cub(root):
+    """(path, class) of each image by images.txt: 1 001.Black_footed_Albatross/x.jpg."""
     lines = (root / "images.txt").read_text().splitlines()
     for path in (line.split(maxsplit=1)[1].strip() for line in lines if line.strip()):
         yield f"images/{path}", path.split(".")[0]
 
 
-def read_sop(root):  # image_id class_id super_class_id path, below a header
+def read_sop(root):
+    """(path, class) of each image by the two lists: image, class, super-class, path."""
     for file in ("Ebay_train.txt", "Ebay_test.txt"):
         for line in (root / file).read_text().splitlines()[1:]:
             _, label, _, path = line.split(maxsplit=3)
@@ -340,6 +346,7 @@ def read_sop(root):  # image_id class_id super_class_id path, below a header
 
 
 def read_cars(root):
+    """(path, class) of each image by cars_annos.mat, or by the csv files of a common copy."""
     if not (root / "anno_train.csv").exists():
         from scipy.io import loadmat  # optional
 
@@ -701,15 +708,18 @@ def color_jitter(x, factors, order):
 
 
 def adjust_brightness(x, factor):
+    """Multiply by the factor, in place."""
     x.mul_(factor).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
+    """Move away from the mean grey of the view, in place."""
     mean = to_grey(x).mean((-2, -1), keepdim=True)  # (V, 1, 1, 1)
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
+    """Move away from the grey of each pixel, in place."""
     grey = to_grey(x)
     x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
 
@@ -836,10 +846,12 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
 
 
 def process_rank():
+    """The number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def process_count():
+    """How many processes the program has."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -909,24 +921,28 @@ def default_workers():
 
 
 def positive_int(text):
+    """An argument type: 1 or more."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
 
 
 def not_negative(text):
+    """An argument type: a whole number from 0 on."""
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
 
 
 def positive_float(text):
+    """An argument type: a finite number above 0."""
     if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return float(text)
 
 
 def share(text):
+    """An argument type: above 0 and at most 1."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return float(text)

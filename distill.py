@@ -114,6 +114,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
 
 
 def student_run(student, teacher, dataset, options, progress):
+    """The run of a student, for which an epoch is this process's share of the images."""
     images = min(options.epoch_size, len(dataset)) // process_count()
     return Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
 

@@ -189,6 +189,7 @@ def knn(queries, database, k, same_images=False, chunk=2**25):
 
 
 def check_embeddings(queries, database):
+    """Raise ValueError where two sets of embeddings cannot be compared."""
     for name, x in (("queries", queries), ("database", database)):
         if x.ndim != 2 or x.shape[1] != queries.shape[-1] or not x.numel():
             raise ValueError(f"{name}: (N, {queries.shape[-1]}) is needed, not {tuple(x.shape)}")
@@ -198,6 +199,7 @@ def check_embeddings(queries, database):
 
 
 def as_labels(labels, embeddings):
+    """Labels (N,) of N embeddings as int64 on their device, or ValueError."""
     try:
         labels = torch.as_tensor(labels, device=embeddings.device)
     except (TypeError, ValueError) as error:
@@ -523,6 +525,7 @@ def load_network(path):
 
 
 def parse_options():
+    """The command line, and nothing else."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
