@@ -315,8 +315,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight is infinite: 4 - 1e-6 stays below it.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # The own class counts with log-weight 0 in the maximum, as in the authors' code: where all
-    # others weigh less than 1 they are not scaled up beside the 1e-6.
+    # As in the authors' code the maximum also runs over the own class, at log-weight 0: where all
+    # others weigh less than 1 they are not scaled up, and the 1e-6 counts for more.
     log_weight = log_weight.masked_fill(own_class, 0)
     weight = (log_weight - log_weight.amax(1, keepdim=True)).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -339,6 +339,7 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator
 
 
 # ----------------------------------------------------------------------------------- checkpoints
+# A file -> read_checkpoint -> a dict -> make_network -> a network; load_checkpoint does both.
 
 
 def save_checkpoint(path, net, **extra):
@@ -422,6 +423,8 @@ def make_network(content, path_or_name, backbone=None):
     """The EmbeddingNet of what `read_checkpoint` has read."""
     try:
         meta, state = content["meta"], without_wrappers(content["state_dict"])
+        if meta["architecture"] == "custom" and backbone is None:
+            raise NetworkError(f"{path_or_name} needs its own backbone: load_checkpoint(backbone=)")
         dim = len(state["whiten.bias"]) if "whiten.bias" in state else 0
         net = EmbeddingNet(meta["architecture"], meta["pooling"], dim, False, backbone)
         net.load_state_dict(state)

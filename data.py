@@ -2,9 +2,10 @@
 
     python data.py cub --root data      # download, verify and unpack; sop likewise
 
-Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
-device, for all views of a micro-batch together. This file stands alone: copy it for
-`distillation_loader`. Its last part is what all programs share: processes, devices and mistakes.
+First part: data. Worker processes decode images, and nothing else; crops, colours and mixup are
+made on the training device, a micro-batch at a time. This file stands alone: copy it for
+`distillation_loader`. Second part, at the end: what all programs need (processes, device, progress,
+mistakes). It is here because this is the module that all others import.
 """
 
 import argparse
@@ -198,7 +199,7 @@ class ImageDataset(Dataset):
 def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
     """An ImageDataset: "cub", "cars", "sop" (in `root`), "synthetic", or a folder.
 
-    name        or, of a folder, its path; where `root` is given, that is the folder
+    name        cub, cars, sop (in `root`), synthetic, or the path of a folder (or `root` is that)
 
     split       "train" or "test", of other classes; "fit" and "val", the halves of the training
                 classes, are for choosing settings
@@ -209,6 +210,8 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
 
     Raises UserError, which says what is expected.
     """
+    if split not in ("train", "test", "fit", "val"):
+        raise UserError(f"there is no split {split!r}: train, test, fit or val")
     known = name.lower()
     if known == "synthetic":
         dataset, training = draw_eggs("test" if split == "test" else "train"), None
@@ -552,8 +555,9 @@ class CoupledViews:
 
     def __iter__(self):
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, process_rank()))
-        # A batch waits until 200 images are decoded: it is then the oldest of the pool, and most of
-        # its partners are read after it. The last batches share the last pool.
+        # Batches are rendered late, so that the first have as many partners as all others: nothing
+        # comes until 200 images are decoded, then the oldest batch for each that is read. When
+        # reading ends, the batches that still wait share the last 200 images.
         pool, waiting = [], []
         for packed in self.loader:
             images = to_images(packed, self.device)
@@ -615,8 +619,8 @@ def crop_box(attempts, height, width, min_scale):
     The first of the attempts (area, ratio, top, left) that fits is taken, else the centre.
     """
     low, high = CROP_RATIO
-    for share, ratio, top, left in attempts:
-        area = height * width * (min_scale + (1 - min_scale) * share)
+    for area, ratio, top, left in attempts:
+        area = height * width * (min_scale + (1 - min_scale) * area)
         ratio = low * (high / low) ** ratio  # uniform in its logarithm
         h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
         if 0 < h <= height and 0 < w <= width:
@@ -941,7 +945,7 @@ def positive_float(text):
     return float(text)
 
 
-def share(text):
+def fraction(text):
     """An argument type: above 0 and at most 1."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")

@@ -38,7 +38,6 @@ from evaluate import (
     extract,
     load_network,
 )
-from train import Run, new_network
 
 # What differs by data set; "folder" is any other. The values for CUB, Cars and SOP are the paper's.
 CUB = dict(
@@ -116,7 +115,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
 def student_run(student, teacher, dataset, options, progress):
     """The run of a student, for which an epoch is this process's share of the images."""
     images = min(options.epoch_size, len(dataset)) // process_count()
-    return Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
+    return train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
 
 
 def distill_one_epoch(teacher, student, loader, run, options):
@@ -168,7 +167,7 @@ def regress(teacher, dataset, options, student, progress):
 def new_student(teacher, options):
     """The network that a student starts from: ImageNet's weights, a file's, or the teacher's."""
     if options.weights != "teacher":
-        return new_network(options, teacher.pooling, options.student_size)
+        return train.new_network(options, teacher.pooling, options.student_size)
     if options.arch != teacher.arch:
         raise UserError(f"--weights teacher: the teacher is {teacher.arch}, not {options.arch}")
     return copy.deepcopy(teacher).requires_grad_(True)
@@ -259,7 +258,10 @@ def parse_options(argv=None):
 
 
 def settle(options):
-    """Fill in what the command line leaves open: from the teacher, then by the data set's recipe.
+    """Fill in what the command line leaves open.
+
+    The command line counts before the teacher's checkpoint (architecture, size, dimensions,
+    weights, data set, classes, validation), and that before the data set's recipe.
 
     Returns the teacher, or None where no --teacher is given.
     """
@@ -271,7 +273,9 @@ def settle(options):
     options.dataset, options.root = settle_dataset(options.dataset, options.root)
     if options.dataset in RECIPES and options.unlabelled:
         raise UserError("--unlabelled needs a folder of images as --dataset")
-    if options.dataset not in RECIPES and has_images_directly(options.root or options.dataset):
+    folder = options.root or options.dataset
+    if options.dataset not in RECIPES and not options.unlabelled and has_images_directly(folder):
+        say(f"note: images directly in {folder}: taken as without labels")
         options.unlabelled = True
     if options.unlabelled and teacher is None:
         if options.dim:
@@ -287,6 +291,7 @@ def inherit_from_teacher(options, teacher, saved):
     """Take what the command line leaves open from the teacher's checkpoint."""
     options.arch = options.arch or teacher.arch
     options.teacher_size = options.teacher_size or teacher.size
+    # Of an unwhitened teacher the same backbone has its D already; another one needs a layer to D.
     if options.dim is None:
         whitened = isinstance(teacher.whiten, torch.nn.Linear)
         options.dim = teacher.dim if whitened or options.arch != teacher.arch else 0
@@ -307,7 +312,7 @@ def inherit_from_teacher(options, teacher, saved):
 
 def imagenet_teacher(options):
     """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
-    return new_network(options, "gem", options.teacher_size).eval()
+    return train.new_network(options, "gem", options.teacher_size).eval()
 
 
 def main():

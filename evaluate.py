@@ -147,7 +147,8 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     columns = database.T.contiguous()  # (D, N)
     scores_buffer = database.new_empty(2, max(1, chunk // N), N)  # allocating anew takes longer
     for rows in order.split(scores_buffer.shape[1]):
-        # The classes' rows (q, m), and whether they are of the class or padding.
+        # correct[i]: the rows of query i's class, the last one repeated up to the longest class's
+        # length; padding marks the repeats.
         place = torch.arange(int(size[rows].max()), device=device)
         correct = by_label[torch.minimum(first[rows, None] + place, (first + size)[rows, None] - 1)]
         padding = place >= size[rows, None]
@@ -546,6 +547,7 @@ def parse_options():
     add("--index", metavar="FILE", help="... into this file; with --query: search it")
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
     add("--top", type=positive_int, default=5, help="answers to a query (default: %(default)s)")
+    add("--size", type=positive_int, help="px of the database's images (default: the teacher's)")
     add("--workers", type=not_negative, default=default_workers(), help="that decode (one a core)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
@@ -563,11 +565,14 @@ def main():
             raise UserError("--query needs one --student and an --index FILE")
         student, content = load_network(options.student[0])
         taught_by = content.get("teacher")
+        if not taught_by and "options" in content:  # trained with labels: it searches its own index
+            taught_by = fingerprint(student)
         search(student, taught_by, options.index, options.query, options.top, options.figure, **how)
         return
     if not options.teacher:
         raise UserError("--teacher is needed, or --query with --student and --index")
     teacher, content = load_network(options.teacher)
+    teacher.size = options.size or teacher.size
     if options.database:
         if not options.index:
             raise UserError("--database needs an --index FILE to write")
@@ -579,7 +584,11 @@ def main():
         check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
         if student.dim != teacher.dim:
             raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
-        teacher.size = about.get("options", {}).get("teacher_size") or teacher.size
+        taught_at = about.get("options", {}).get("teacher_size", teacher.size)
+        if taught_at != teacher.size:
+            raise UserError(
+                f"{path} was taught by images of {taught_at} px: give --size {taught_at}"
+            )
     students = [student for student, _ in students]
     if options.figure and not students:
         raise UserError("--figure shows what a --student finds: which one?")

@@ -804,6 +804,11 @@ class Meter(TorchDispatchMode):
 @pytest.mark.parametrize("odd", [[], [(300, 10_000)], [(1, 65_000)], [(1500, 2200)] * 8])
 def test_views_on_a_gpu_take_little_memory_and_few_operations(odd):
     """At most 1.5 GiB and 1,500 operations for 8 images x 8 views at 448 px, without a card."""
+    try:
+        with FakeTensorMode():
+            torch.zeros(2, device="cuda")[:1] = torch.zeros(1, device="cuda")
+    except RuntimeError:
+        pytest.skip("fake tensors of this release of PyTorch need a real card")
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         sides = odd + [(375, 500)] * (8 - len(odd))
         images = [torch.empty(3, *side, dtype=torch.uint8, device="cuda") for side in sides]

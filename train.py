@@ -35,6 +35,7 @@ from data import (
     class_counts,
     default_workers,
     find_device,
+    fraction,
     keep_readable,
     load_split,
     not_negative,
@@ -46,7 +47,6 @@ from data import (
     run_program,
     say,
     settle_dataset,
-    share,
 )
 from evaluate import compare, extract
 
@@ -175,7 +175,7 @@ def mine(net, dataset, epoch, options):
         torch.Generator(device).manual_seed(options.seed + epoch),
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
-    rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M); another card may draw others
+    rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
     return rows.view(-1, 4, 1 + NEGATIVES)[process_rank() :: process_count()].flatten(0, 1)
 
 
@@ -200,6 +200,8 @@ class Run:
         self.path = Path(options.out, "model.pt")
         self.micro_batch, self.accumulate = divide_batch(options, group)
         self.images = images
+        if not images:
+            raise UserError("an epoch has fewer images than there are processes")
         self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
 
         saved = read_checkpoint(self.path) if self.path.exists() else {}
@@ -207,6 +209,8 @@ class Run:
         if saved:
             net.load_state_dict(saved["state_dict"])
         net.to(self.device, memory_format=torch.channels_last)
+        for value in net.state_dict().values():
+            broadcast(value)  # all processes start alike
         learned = [*net.backbone.parameters(), *net.whiten.parameters()]
         groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=WEIGHT_DECAY)
@@ -218,7 +222,7 @@ class Run:
             self.optimizer,
             max_lr=options.lr,
             total_steps=options.epochs * self.steps,
-            div_factor=DIV_FACTOR,
+            div_factor=DIV_FACTOR,  # it also moves AdamW's beta1, from 0.95 to 0.85 and back
             last_epoch=self.first_epoch * self.steps - 1,
         )
         Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -261,18 +265,19 @@ class Run:
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log.append(entry)
         if process_rank() == 0:
-            state = {"epochs": epoch + 1, "log": self.log, "optimizer": self.optimizer.state_dict()}
-            options = vars(self.options)
-            about = {"options": options, "teacher": self.teacher, "training": state}
-            save_checkpoint(self.path, self.net, **about)
-            lines = [json.dumps(entry) for entry in self.log]
-            self.path.with_name("log.jsonl").write_text("\n".join(lines) + "\n")
+            options, lines = vars(self.options), [json.dumps(entry) for entry in self.log]
             versions = {name: sys.modules[name].__version__ for name in ("torch", "numpy", "PIL")}
             how = {"command": sys.argv, "options": options, "versions": versions}
             self.path.with_name("options.json").write_text(json.dumps(how, indent=1))
+            # The checkpoint comes last: after a kill between the two the log is written again.
+            self.path.with_name("log.jsonl").write_text("\n".join(lines) + "\n")
+            state = {"epochs": epoch + 1, "log": self.log, "optimizer": self.optimizer.state_dict()}
+            about = {"options": options, "teacher": self.teacher, "training": state}
+            save_checkpoint(self.path, self.net, **about)
         self.begin_epoch()
 
 
+# The teacher's path may change, its fingerprint may not; classes come from the checkpoint.
 MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "classes"}
 
 
@@ -300,10 +305,10 @@ def divide_batch(options, group):
         raise UserError(f"--batch-size {options.batch_size} must be a multiple of {together}")
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
-    share = options.batch_size // process_count()
-    sizes = range(group, min(options.micro_batch, share) + 1, group)
-    micro_batch = max(size for size in sizes if share % size == 0)
-    return micro_batch, share // micro_batch
+    per_process = options.batch_size // process_count()
+    sizes = range(group, min(options.micro_batch, per_process) + 1, group)
+    micro_batch = max(size for size in sizes if per_process % size == 0)
+    return micro_batch, per_process // micro_batch
 
 
 def new_network(options, pooling, size):
@@ -355,7 +360,7 @@ def add_common_options(parser):
     add("--batch-size", type=positive_int, help="images (teacher: anchors) of a step (*)")
     add("--micro-batch", type=positive_int, help="of these in the networks at once (*)")
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
-    add("--min-scale", type=share, help="smallest share of an image's area in a crop (*)")
+    add("--min-scale", type=fraction, help="smallest share of an image's area in a crop (*)")
     add("--validation", action="store_true", help="measure on half of the training classes")
     add("--seed", type=not_negative, default=1234, help="of all that is random (1234)")
     add("--workers", type=not_negative, help="processes that decode images (*)")
@@ -388,6 +393,8 @@ def name_run(options, sizes):
 
 def settle_classes(options):
     """The classes of a folder that train stay the same, whatever is added to the folder later."""
+    if options.dataset in RECIPES or options.unlabelled:
+        return
     path = Path(options.out, "model.pt")
     if not options.classes and path.exists():
         options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
