@@ -5,12 +5,14 @@ resume and processes; command line and mistakes; README.
 """
 
 import doctest
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -419,6 +421,14 @@ def test_a_backbone_of_ones_own(tmp_path):
     save_checkpoint(tmp_path / "net.pt", net)
     again = nn.Sequential(nn.Conv2d(3, 7, 3), nn.ReLU())
     assert_close(load_checkpoint(tmp_path / "net.pt", again)(images), net(images))
+
+
+def test_the_whitening_layer_is_called():
+    """So that hooks, adapters and quantised layers in its place take part."""
+    net, images = EmbeddingNet("resnet10", dim=8, pretrained=False).eval(), torch.rand(2, 3, 32, 32)
+    before = net(images)
+    net.whiten.register_forward_hook(lambda layer, inputs, output: -output)
+    assert_close(net(images), -before)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -917,6 +927,25 @@ def test_workers_do_not_change_the_batches_and_leave_with_their_loader():
         assert same_batches(expected, loader)
     next(iter(loader_of(dataset, workers=2)))  # and left
     assert not multiprocessing.active_children()
+
+
+def read_with_few_open_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    eggs = load_dataset("synthetic").subset(range(400))
+    net = EmbeddingNet("resnet10-narrow", dim=8, pretrained=False)
+    assert len(extract(net, eggs, 16, "cpu", batch_size=256, workers=2)) == 400
+    batches = data.distillation_loader(eggs, 8, 8, views=1, batch_size=100, workers=2)
+    assert sum(len(small) for small, _ in batches) == 400
+
+
+def test_decoded_images_do_not_keep_files_open():
+    """A worker hands a batch over as one tensor: 128 open files are enough for 400 images."""
+    process = multiprocessing.get_context("fork").Process(target=read_with_few_open_files)
+    process.start()
+    process.join(60)
+    exitcode = process.exitcode
+    process.kill()
+    assert exitcode == 0
 
 
 ON_A_CARD = """
@@ -1529,6 +1558,15 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     process.join()
     said = capfd.readouterr().err
     assert process.exitcode == 2 and said.startswith("error: nowhere.pt") and said.count("\n") == 1
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch):
+    """Are printed with a replacement character, and the program goes on."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    data.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"caf?.jpg\nthe next\n"
 
 
 @pytest.mark.parametrize("script", ["train.py", "distill.py", "evaluate.py"])
