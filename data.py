@@ -554,7 +554,7 @@ class CoupledViews:
         return len(self.loader)
 
     def __iter__(self):
-        rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, process_rank()))
+        rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         # Batches are rendered late, so that the first have as many partners as all others: nothing
         # comes until 200 images are decoded, then the oldest batch for each that is read. When
         # reading ends, the batches that still wait share the last 200 images.
