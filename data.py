@@ -2,10 +2,12 @@
 
     python data.py cub --root data      # download, verify and unpack; sop likewise
 
-First part: data. Worker processes decode images, and nothing else; crops, colours and mixup are
-made on the training device, a micro-batch at a time. This file stands alone: copy it for
-`distillation_loader`. Second part, at the end: what all programs need (processes, device, progress,
-mistakes). It is here because this is the module that all others import.
+Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
+device, a micro-batch at a time. This file stands alone: copy it for `distillation_loader`.
+
+In this order: reading an image; data sets; decoding in worker processes; the coupled views; the
+drawn eggs. The last section, on running a program, has nothing to do with data: all other modules
+import this one, so it is here.
 """
 
 import argparse
@@ -50,7 +52,7 @@ TURNS = {  # by the EXIF entry Orientation
 }
 
 
-# Formats that Pillow recognises, but leaves to other programs to draw.
+# Formats that Pillow recognises, but leaves to other programs to draw
 NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
@@ -164,16 +166,17 @@ LAYOUTS = {
 class ImageDataset(Dataset):
     """Images: dataset[i] is image i, PIL and RGB.
 
-    paths     files; [] for drawn images, which are given as images, uint8 (N, H, W, 3)
-    labels    a list of ints, one for each image, or None for images without labels
-    classes   of a folder with a sub-folder for each class: the name of each label
+    paths             files; [] for drawn images, which are given as images, uint8 (N, H, W, 3)
+    labels            a list of ints, one for each image, or None for images without labels
+    training_classes  {name: number of images} of the classes that train, of a folder that has a
+                      sub-folder for each class; {} otherwise
     """
 
-    def __init__(self, paths=(), labels=None, images=None, classes=()):
+    def __init__(self, paths=(), labels=None, images=None):
         self.paths = list(paths)
         self.labels = None if labels is None else list(labels)
         self.images = images
-        self.classes = list(classes)
+        self.training_classes = {}
 
     def __len__(self):
         return len(self.paths) if self.images is None else len(self.images)
@@ -197,16 +200,16 @@ class ImageDataset(Dataset):
 
 
 def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
-    """An ImageDataset: "cub", "cars", "sop" (in `root`), "synthetic", or a folder.
+    """An ImageDataset of one split.
 
-    name        cub, cars, sop (in `root`), synthetic, or the path of a folder (or `root` is that)
-
-    split       "train" or "test", of other classes; "fit" and "val", the halves of the training
-                classes, are for choosing settings
-    unlabelled  any folder of photographs: every tenth by name is "test". A folder with images
-                directly in it is always taken so; any other has a sub-folder for each class
-    training_classes  names of a folder's classes that train; by default, and in a folder that has
-                none of them, the first half
+    name              cub, cars or sop (in `root`), synthetic, or a folder (or `root` is the folder)
+    split             "train" or "test", of other classes; "fit" and "val", the halves of the
+                      training classes, are for choosing settings
+    unlabelled        any folder of photographs: every tenth by name is "test". A folder with images
+                      directly in it is always taken so; any other has a sub-folder for each class
+    training_classes  names of a folder's classes that train, so that classes that were added since
+                      are test classes. By default, and in a folder that has none of them, the first
+                      half by name
 
     Raises UserError, which says what is expected.
     """
@@ -214,25 +217,16 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
         raise UserError(f"there is no split {split!r}: train, test, fit or val")
     known = name.lower()
     if known == "synthetic":
-        dataset, training = draw_eggs("test" if split == "test" else "train"), None
+        dataset = draw_eggs("test" if split == "test" else "train")
     elif known in COUNTS:
-        dataset = load_published(known, root or ".")
-        training = {label for label in dataset.labels if label <= LAST_TRAINING_CLASS[known]}
+        dataset = load_published(known, root or ".", "test" if split == "test" else "train")
+    elif unlabelled or has_images_directly(root or name):
+        return load_photographs(root or name, split)
     else:
-        folder = root or name
-        if unlabelled or has_images_directly(folder):
-            return load_photographs(folder, split)
-        dataset = load_class_folders(folder)
-        known_classes = set(training_classes or ()) & set(dataset.classes)
-        training_classes = known_classes or first_half(dataset.classes)
-        training = {dataset.classes.index(name) for name in training_classes}
-    if training is not None:
-        dataset = select_classes(dataset, training, inside=split != "test")
-    if known in COUNTS:
-        check_published(known, root or ".", dataset, "test" if split == "test" else "train")
+        dataset = load_class_folders(root or name, split, training_classes)
     if split in ("fit", "val"):
         fit = first_half(sorted(set(dataset.labels)))
-        dataset = select_classes(dataset, set(fit), inside=split == "fit")
+        dataset = select_classes(dataset, fit, inside=split == "fit")
     if not len(dataset):
         raise UserError(
             f"no {split} images in {root or name}: a sub-folder of images for each of at least 2 "
@@ -255,30 +249,6 @@ def absolute(path):
     return str(Path(path).expanduser().resolve())
 
 
-def class_counts(dataset):
-    """{name: number of images} of the classes of a data set of class folders; {} of others."""
-    counts = {}
-    if dataset.classes:
-        for label in dataset.labels:
-            counts[dataset.classes[label]] = counts.get(dataset.classes[label], 0) + 1
-    return counts
-
-
-def load_split(name, root, split, unlabelled=False, trained=None):
-    """`load_dataset`, with the split of a folder as it was when a network trained on it.
-
-    trained: {class: number of images}, kept in the checkpoint. These classes train and all others
-    test, also those added to the folder since. Says where a class has gained or lost images.
-    """
-    if trained and not unlabelled:
-        now = class_counts(load_dataset(name, root, "train", training_classes=trained))
-        same_folder = set(now) & set(trained)
-        for c in trained if same_folder else ():
-            if trained[c] != now.get(c, 0):
-                say(f"note: {c} trained with {trained[c]} images, now has {now.get(c, 0)}")
-    return load_dataset(name, root, split, unlabelled, trained)
-
-
 def first_half(names):
     """The first half of a list, and the middle one of an odd number."""
     return names[: (len(names) + 1) // 2]
@@ -286,6 +256,7 @@ def first_half(names):
 
 def select_classes(dataset, labels, inside):
     """The images inside or outside of some classes, by label."""
+    labels = set(labels)
     rows = [i for i, label in enumerate(dataset.labels) if (label in labels) == inside]
     return dataset.subset(rows)
 
@@ -307,19 +278,32 @@ def load_photographs(folder, split):
     )
 
 
-def load_class_folders(folder):
+def load_class_folders(folder, split, training_classes=None):
     """A sub-folder for each class, with images anywhere below it."""
     by_class = {}
     for path in list_images(folder):
         by_class.setdefault(Path(path).relative_to(folder).parts[0], []).append(path)
-    classes = sorted(by_class)
-    paths = [path for name in classes for path in by_class[name]]
-    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
-    return ImageDataset(paths, labels, classes=classes)
+    names = sorted(by_class)
+    paths = [path for name in names for path in by_class[name]]
+    labels = [label for label, name in enumerate(names) for _ in by_class[name]]
+    training = [name for name in names if name in (training_classes or ())] or first_half(names)
+    dataset = ImageDataset(paths, labels)
+    dataset.training_classes = {name: len(by_class[name]) for name in training}
+    return select_classes(dataset, map(names.index, training), inside=split != "test")
 
 
-def load_published(name, root):
-    """All images of CUB200, Cars196 or SOP, as the files that come with them list them."""
+def note_changes(before, now):
+    """Say which of a folder's training classes have other numbers of images than when it trained.
+
+    before, now: {name: number of images}. Folders that have no class in common are not compared.
+    """
+    for name in before if set(before) & set(now) else ():
+        if before[name] != now.get(name, 0):
+            say(f"note: {name} trained with {before[name]} images, now has {now.get(name, 0)}")
+
+
+def load_published(name, root, split):
+    """CUB200, Cars196 or SOP by the lists that come with them; UserError unless complete."""
     archive = Path(DOWNLOADS[name][0]).stem if name in DOWNLOADS else ""  # has a folder at its top
     if os.path.isdir(os.path.join(root, archive)):
         root = os.path.join(root, archive)
@@ -330,7 +314,16 @@ def load_published(name, root):
         raise UserError(
             f"{name} cannot be read in {root} ({error!r:.200}): {LAYOUTS[name]} are expected there"
         ) from error
-    return ImageDataset([os.path.join(root, path) for path in paths], map(int, labels))
+    dataset = ImageDataset([os.path.join(root, path) for path in paths], map(int, labels))
+    training = range(LAST_TRAINING_CLASS[name] + 1)
+    dataset = select_classes(dataset, training, inside=split == "train")
+    missing = [path for path in dataset.paths if not os.path.isfile(path)]
+    if missing or len(dataset) != COUNTS[name][split]:
+        raise UserError(
+            f"{name} in {root}: {len(dataset)} of {COUNTS[name][split]} {split} images are listed, "
+            f"{len(missing)} of them are missing {', '.join(missing[:3])}"
+        )
+    return dataset
 
 
 def read_cub(root):
@@ -363,16 +356,6 @@ def read_cars(root):
             if line.strip():  # file,x1,y1,x2,y2,class
                 file, *_, label = line.split(",")
                 yield f"car_data/car_data/{part}/{folders[int(label) - 1]}/{file}", label
-
-
-def check_published(name, root, dataset, split):
-    """Raise UserError where images of the published split are not there."""
-    missing = [path for path in dataset.paths if not os.path.isfile(path)]
-    if missing or len(dataset) != COUNTS[name][split]:
-        raise UserError(
-            f"{name} in {root}: {len(dataset)} of {COUNTS[name][split]} {split} images are listed, "
-            f"{len(missing)} of them are missing {', '.join(missing[:3])}"
-        )
 
 
 def keep_readable(dataset, workers=0):
@@ -555,17 +538,10 @@ class CoupledViews:
 
     def __iter__(self):
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
-        # Batches are rendered late, so that the first have as many partners as all others: nothing
-        # comes until 200 images are decoded, then the oldest batch for each that is read. When
-        # reading ends, the batches that still wait share the last 200 images.
-        pool, waiting = [], []
+        pool = []
         for packed in self.loader:
             images = to_images(packed, self.device)
             pool = (pool + images)[-POOL_SIZE:]
-            waiting.append(images)
-            if len(pool) == POOL_SIZE:
-                yield self.render(waiting.pop(0), pool, rng)
-        for images in waiting:
             yield self.render(images, pool, rng)
 
     def render(self, images, pool, rng):
@@ -889,15 +865,6 @@ def gather(value):
     if process_count() > 1:
         distributed.all_gather_object(values, value)
     return values
-
-
-def average_statistics(net):
-    """Batch-norm that trains has other statistics in each process: take their mean, in place."""
-    if process_count() > 1 and not net.frozen_batchnorm:
-        for name, buffer in net.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                distributed.all_reduce(buffer)
-                buffer /= process_count()
 
 
 def find_device(name=None):

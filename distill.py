@@ -12,6 +12,7 @@ import argparse
 import copy
 
 import torch
+from torch.utils.data import BatchSampler
 
 import train
 from asymres import NetworkError, absolute_term, distillation_loss, fingerprint, save_checkpoint
@@ -64,7 +65,7 @@ EGGS = dict(
     arch="resnet10-narrow",
     weights="random",
     dim=64,
-    epochs=4,
+    epochs=5,
     batch_size=8,
     micro_batch=8,
     views=8,
@@ -80,18 +81,14 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGG
 
 
 def distill(teacher, dataset, options, student=None, progress=None):
-    """Distil a student, by default that of the options, or resume it. Returns it, in eval mode."""
-    device = find_device(options.device)
-    student = student or new_student(teacher, options)
-    student.size, teacher.size = options.student_size, options.teacher_size
-    if student.dim != teacher.dim:
-        raise UserError(
-            f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
-        )
-    teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    if options.regression:
-        return regress(teacher, dataset, options, student, progress)
-    run = student_run(student, teacher, dataset, options, progress)
+    """Distil a student, or resume its run. Returns it, in eval mode.
+
+    teacher   a network, or a module of your own with `dim`; it is frozen
+    dataset   an ImageDataset; labels are not read
+    options   as from `parse_options`
+    student   by default the one that the options describe
+    """
+    student, run = begin(teacher, dataset, options, student, progress)
     loader = distillation_loader(
         dataset,
         options.student_size,
@@ -100,27 +97,25 @@ def distill(teacher, dataset, options, student=None, progress=None):
         batch_size=run.micro_batch,
         mixup=not options.no_mixup,
         workers=options.workers,
-        device=device,
+        device=run.device,
         seed=options.seed,
         min_scale=options.min_scale,
         epoch_size=options.epoch_size,
     )
     for epoch in range(run.first_epoch, options.epochs):
         loader.set_epoch(epoch)
-        distill_one_epoch(teacher, student, loader, run, options)
-        run.end_epoch(epoch)
+        loss = distill_one_epoch(teacher, student, loader, run, options)
+        run.end_epoch(loss)
     return student.eval()
 
 
-def student_run(student, teacher, dataset, options, progress):
-    """The run of a student, for which an epoch is this process's share of the images."""
-    images = min(options.epoch_size, len(dataset)) // process_count()
-    return train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
-
-
 def distill_one_epoch(teacher, student, loader, run, options):
-    """The student learns to embed small views as the teacher embeds the same views when large."""
+    """The student learns to embed small views as the teacher embeds the same views when large.
+
+    Returns the sum of the images' losses.
+    """
     student.train()
+    total = 0.0
     for i, (small, large) in enumerate(loader, start=1):  # (B, A, 3, s, s), (B, A, 3, t, t)
         with run.autocast():
             with torch.no_grad():
@@ -128,40 +123,57 @@ def distill_one_epoch(teacher, student, loader, run, options):
             s = student(small)  # (B, A, D)
         loss = distillation_loss(s, t, options.lambda_ts, options.lambda_ss)
         loss.backward()
-        run.add_loss(loss)
+        total += loss.detach()
         if i % run.accumulate == 0 or i == len(loader):
             run.step()
+    return total
 
 
-def regress(teacher, dataset, options, student, progress):
-    """The ablation without augmentation: the absolute term alone, of an image's evaluation crop.
+def regress(teacher, dataset, options, student=None, progress=None):
+    """The ablation without augmentation, in the place of `distill`: the absolute term alone.
 
-    The teacher embeds all images once.
+    Images are evaluation crops, which the teacher embeds once.
     """
-    device, workers = find_device(options.device), options.workers
-    targets = extract(teacher, dataset, options.teacher_size, device, workers=workers)
-    targets = targets.to(device)  # (N, D)
-    run = student_run(student, teacher, dataset, options, progress)
+    targets = extract(
+        teacher, dataset, options.teacher_size, options.device, workers=options.workers
+    )  # (N, D)
+    student, run = begin(teacher, dataset, options, student, progress)
+    targets = targets.to(run.device)
     sampler = EpochSampler(len(dataset), options.epoch_size, options.seed)
     for epoch in range(run.first_epoch, options.epochs):
         sampler.set_epoch(epoch)
-        batches = torch.tensor(list(sampler)).split(run.micro_batch)
-        batches = [rows.tolist() for rows in batches]
+        batches = list(BatchSampler(sampler, run.micro_batch, drop_last=False))
         crops = evaluation_loader(
             dataset, options.student_size, batches, options.workers, run.device
         )
         student.train()
+        total = 0.0
         for i, (rows, images) in enumerate(zip(batches, crops, strict=True), start=1):
             images = normalize(images.to(run.device) / 255)  # (B, 3, s, s)
             with run.autocast():
                 s = student(images)  # (B, D)
             loss = absolute_term(s[:, None], targets[rows][:, None])  # A = 1
             loss.backward()
-            run.add_loss(loss)
+            total += loss.detach()
             if i % run.accumulate == 0 or i == len(batches):
                 run.step()
-        run.end_epoch(epoch)
+        run.end_epoch(total)
     return student.eval()
+
+
+def begin(teacher, dataset, options, student=None, progress=None):
+    """(student, its run) before the first epoch, or after the last one that was saved."""
+    student = student or new_student(teacher, options)
+    student.size, teacher.size = options.student_size, options.teacher_size
+    if student.dim != teacher.dim:
+        raise UserError(
+            f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
+        )
+    teacher.to(find_device(options.device), memory_format=torch.channels_last)
+    teacher.eval().requires_grad_(False)
+    images = min(options.epoch_size, len(dataset)) // process_count()  # this process's share
+    run = train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
+    return student, run
 
 
 def new_student(teacher, options):
@@ -200,7 +212,8 @@ def miniature(options):
     progress.stage(f"2. teacher, {t} px", teacher_time)
     teacher = train.train(training, teacher_options, progress=progress)
     progress.stage(f"3. student, {s} px", student_time)
-    student = distill(teacher, training, options, progress=progress)
+    learn = regress if options.regression else distill
+    student = learn(teacher, training, options, progress=progress)
     finish(teacher, student, training, test, options, [labels])
     say(
         f"  teacher, symmetric    queries and database at {t} px: what there is to reach",
@@ -213,22 +226,21 @@ def miniature(options):
 
 def labelled_options(options, name, size):
     """train.py's options for the teacher or the baseline of the miniature."""
-    argv = ["--dataset", "synthetic", "--size", size, "--out", f"{options.out}/{name}"]
-    argv += ["--arch", options.arch, "--dim", options.dim, "--seed", options.seed]
-    argv += ["--workers", options.workers, "--precision", options.precision]
-    argv += ["--device", options.device] if options.device else []
-    argv += ["--validation"] if options.validation else []
-    return train.settle(train.parse_options([str(word) for word in argv]))
+    argv = ["--dataset", "synthetic", "--size", str(size), "--out", f"{options.out}/{name}"]
+    labelled = train.parse_options(argv)
+    for option in ("arch", "dim", "seed", "validation", "workers", "device", "precision"):
+        setattr(labelled, option, getattr(options, option))
+    return labelled
 
 
 def finish(teacher, student, training, test, options, supervised=()):
     """The closing table and picture of a student."""
+    where = {"device": options.device, "workers": options.workers}
     figure = f"{options.out}/queries.png"
-    hardware = {"device": options.device, "workers": options.workers}
     if test.labels is None:
-        compare_unlabelled(teacher, student, test, training, figure=figure, **hardware)
+        compare_unlabelled(teacher, student, test, training, figure=figure, **where)
     else:
-        compare(teacher, [student], test, supervised, figure=figure, **hardware)
+        compare(teacher, [student], test, supervised, figure=figure, **where)
     say(f"student: {options.out}/model.pt    picture: {figure}")
 
 
@@ -236,7 +248,11 @@ def finish(teacher, student, training, test, options, supervised=()):
 
 
 def parse_options(argv=None):
-    """The command line, and nothing else."""
+    """(options, the teacher that they name, or None).
+
+    The command line counts before what the teacher's checkpoint says of its training, and that
+    before the data set's recipe.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=train.describe_recipes(RECIPES),
@@ -254,78 +270,69 @@ def parse_options(argv=None):
     add("--regression", action="store_true", help="no augmentation, absolute term: an ablation")
     add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=float, help="weight of the student-student term (*)")
-    return parser.parse_args(argv)
-
-
-def settle(options):
-    """Fill in what the command line leaves open.
-
-    The command line counts before the teacher's checkpoint (architecture, size, dimensions,
-    weights, data set, classes, validation), and that before the data set's recipe.
-
-    Returns the teacher, or None where no --teacher is given.
-    """
-    options.classes, teacher = {}, None
+    options = parser.parse_args(argv)
+    teacher, inherited = None, {}
     if options.teacher:
         teacher, content = load_network(options.teacher)
-        inherit_from_teacher(options, teacher, content.get("options", {}))
-    options.dataset = options.dataset or "synthetic"
-    options.dataset, options.root = settle_dataset(options.dataset, options.root)
-    if options.dataset in RECIPES and options.unlabelled:
+        inherited = options_of_teacher(teacher, content.get("options", {}), options)
+    name = options.dataset or inherited.get("dataset") or "synthetic"
+    name, root = settle_dataset(name, options.root or inherited.get("root"))
+    unlabelled = options.unlabelled or inherited.get("unlabelled", False)
+    if name in RECIPES and unlabelled:
         raise UserError("--unlabelled needs a folder of images as --dataset")
-    folder = options.root or options.dataset
-    if options.dataset not in RECIPES and not options.unlabelled and has_images_directly(folder):
-        say(f"note: images directly in {folder}: taken as without labels")
-        options.unlabelled = True
-    if options.unlabelled and teacher is None:
-        if options.dim:
-            raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
-        options.dim = 0
-    train.fill_in(options, RECIPES)
-    train.name_run(options, f"{options.teacher_size}to{options.student_size}")
-    train.settle_classes(options)
-    return teacher
+    if name not in RECIPES and not unlabelled and has_images_directly(root or name):
+        say(f"note: images directly in {root or name}: taken as without labels")
+        unlabelled = True
+    if teacher is None and unlabelled:
+        inherited["dim"] = 0  # an ImageNet network as it comes is the teacher
+    elif teacher is None and name != "synthetic":
+        raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
+
+    parser.set_defaults(classes={}, **RECIPES.get(name, RECIPES["folder"]))
+    parser.set_defaults(**inherited)
+    options = parser.parse_args(argv)
+    options.dataset, options.root, options.unlabelled = name, root, unlabelled
+    options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
+    return options, teacher
 
 
-def inherit_from_teacher(options, teacher, saved):
-    """Take what the command line leaves open from the teacher's checkpoint."""
-    options.arch = options.arch or teacher.arch
-    options.teacher_size = options.teacher_size or teacher.size
-    # Of an unwhitened teacher the same backbone has its D already; another one needs a layer to D.
-    if options.dim is None:
-        whitened = isinstance(teacher.whiten, torch.nn.Linear)
-        options.dim = teacher.dim if whitened or options.arch != teacher.arch else 0
-    if options.arch == teacher.arch:
-        options.weights = options.weights or saved.get("weights")
-    if options.dataset is None:
-        if "dataset" not in saved:
-            raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-        options.dataset, options.root = saved["dataset"], options.root or saved["root"]
-        options.unlabelled = options.unlabelled or saved["unlabelled"]
-    name, _ = settle_dataset(options.dataset, options.root)
+def options_of_teacher(teacher, saved, options):
+    """What a student takes from its teacher where the command line is silent.
+
+    saved: the options in the teacher's checkpoint, {} for the authors'.
+    """
+    inherited = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
+    if options.arch in (None, teacher.arch):
+        if "weights" in saved:
+            inherited["weights"] = saved["weights"]
+        if not isinstance(teacher.whiten, torch.nn.Linear):
+            inherited["dim"] = 0  # the same backbone has as many dimensions; others need a layer
+    if options.dataset is None and "dataset" not in saved:
+        raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
+    name, _ = settle_dataset(options.dataset or saved["dataset"], None)
     if name == saved.get("dataset"):
-        options.classes = saved["classes"]
         if options.validation and not saved["validation"]:
             raise UserError("--validation: the teacher was trained on the validation classes, too")
-        options.validation = saved["validation"]
+        for option in ("dataset", "root", "unlabelled", "classes", "validation"):
+            inherited[option] = saved[option]
+    return inherited
 
 
 def imagenet_teacher(options):
     """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
+    if options.dim:
+        raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
     return train.new_network(options, "gem", options.teacher_size).eval()
 
 
 def main():
-    options = parse_options()
-    teacher = settle(options)
+    options, teacher = parse_options()
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)
-    if teacher is None:
-        if not options.unlabelled:
-            raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
-        teacher = imagenet_teacher(options)
-    student = distill(teacher, training, options)
+    teacher = teacher or imagenet_teacher(options)
+    learn = regress if options.regression else distill
+    student = learn(teacher, training, options)
     if options.teacher is None and process_rank() == 0:  # to index and search with
         save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     finish(teacher, student, training, test, options)

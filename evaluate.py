@@ -40,9 +40,9 @@ from data import (
     keep_readable,
     list_images,
     load_dataset,
-    load_split,
     normalize,
     not_negative,
+    note_changes,
     positive_int,
     process_count,
     process_rank,
@@ -99,10 +99,10 @@ def retrieval_metrics(
     if same_images and not torch.equal(query_labels, database_labels[: len(queries)]):
         raise ValueError("same_images: query i and row i of the database need the same label")
     sums, count = {}, 0
-    ranks_and_counts = ranks_of_correct_images(
+    batches = ranks_of_correct_images(
         queries, database, query_labels, database_labels, same_images, chunk
     )
-    for ranks, n in ranks_and_counts:  # (q, m) with padding, (q,)
+    for ranks, n in batches:  # (q, m), (q,)
         j = torch.arange(ranks.shape[1], device=ranks.device)
         r, n = ranks.double(), n[:, None]
         correct = (j < n).double()  # 0 for padding
@@ -129,40 +129,46 @@ def retrieval_metrics(
 
 
 def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
-    """Yield, for q queries at a time, ranks (q, m) of their correct images, and their numbers (q,).
+    """Yield, for q queries at a time, the ranks (q, m) of their n correct images, and n, (q,).
 
-    Ranks are from 0 and sorted; what comes after a query's number of them is padding. Queries come
-    by that number, so that little is padded; those without a correct image do not come.
+    Ranks are from 0 and sorted; after the first n of a row comes padding. Queries without a correct
+    image are left out, the others come in the order of n, so that there is little padding.
     """
-    device, N = database.device, len(database)
     by_label = database_labels.argsort()  # rows of the database, class after class
     sorted_labels = database_labels[by_label]
     first = torch.searchsorted(sorted_labels, query_labels)  # (Q,) where a query's class begins
-    size = torch.searchsorted(sorted_labels, query_labels, right=True) - first
-    numbers = size - int(same_images)
-    order = numbers.argsort()
-    order = order[numbers[order] > 0]
+    size = torch.searchsorted(sorted_labels, query_labels, right=True) - first  # (Q,)
+    n = size - int(same_images)
+    order = n.argsort()
+    order = order[n[order] > 0]
     if not len(order):
         return
     columns = database.T.contiguous()  # (D, N)
-    scores_buffer = database.new_empty(2, max(1, chunk // N), N)  # allocating anew takes longer
-    for rows in order.split(scores_buffer.shape[1]):
-        # correct[i]: the rows of query i's class, the last one repeated up to the longest class's
-        # length; padding marks the repeats.
-        place = torch.arange(int(size[rows].max()), device=device)
-        correct = by_label[torch.minimum(first[rows, None] + place, (first + size)[rows, None] - 1)]
-        padding = place >= size[rows, None]
-        scores, at_least = scores_buffer[:, : len(rows)]
-        torch.mm(queries[rows].to(columns), columns, out=scores)  # (q, D) @ (D, N) -> (q, N)
+    # Two matrices for all chunks: allocating them anew takes longer.
+    buffers = database.new_empty(2, max(1, chunk // len(database)), len(database))
+    for q in order.split(buffers.shape[1]):
+        scores, at_least = buffers[:, : len(q)]
+        torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N) -> (q, N)
         if same_images:
-            scores.scatter_(1, rows[:, None], -torch.inf)
-        found = scores.gather(1, correct).masked_fill(padding, -torch.inf)
-        # The own row and padding are -inf and so last; the caller drops what is beyond `numbers`.
-        found = found.sort(descending=True).values[:, : int(numbers[rows].max())]  # (q, m)
-        scores.scatter_(1, correct, -torch.inf)  # what is left are wrong images
+            scores.scatter_(1, q[:, None], -torch.inf)
+        rows, padding = rows_of_classes(by_label, first[q], size[q])  # (q, m) each
+        correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
+        correct = correct.sort(descending=True).values[:, : int(n[q].max())]
+        scores.scatter_(1, rows, -torch.inf)  # what is left are wrong images
         # A rank: how many wrong images score at least as much, and how many correct ones more.
-        wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in found.T]
-        yield torch.stack(wrong, 1).long() + place[: len(wrong)], numbers[rows]
+        wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in correct.T]
+        yield torch.stack(wrong, 1).long() + torch.arange(len(wrong), device=n.device), n[q]
+
+
+def rows_of_classes(by_label, first, size):
+    """Database rows of the classes of q queries, and which of them are padding: (q, m) twice.
+
+    by_label: rows of the database, class after class; a query's class are `size` (q,) of them, from
+    the `first` (q,) on. m is the largest size; in smaller classes the last row is repeated.
+    """
+    j = torch.arange(int(size.max()), device=size.device)
+    last = size[:, None] - 1
+    return by_label[first[:, None] + torch.minimum(j, last)], j > last
 
 
 @torch.no_grad()
@@ -280,7 +286,17 @@ def query_cost(net, size, device, precision):
     return counter.get_total_flops() / 1e9, 1e3 * seconds
 
 
-def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, figure=None, **how):
+def compare(
+    teacher,
+    students,
+    dataset,
+    supervised=(),
+    ks=(1, 8),
+    figure=None,
+    device=None,
+    workers=0,
+    precision="float32",
+):
     """Print the table of accuracy (%) against the cost of a query; return its rows, dicts.
 
     Each image of the data set is once the query and searches all others: query and database are the
@@ -290,7 +306,7 @@ def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, f
 
     supervised   networks trained with labels at the small size
     figure       file for a picture of what the first student finds
-    how          passed to `extract`
+    device, workers, precision   as of `extract`
     """
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
@@ -305,8 +321,9 @@ def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, f
         searches.append(("student, symmetric", net, net.size, net))
     for _, net, size, _ in searches:
         if (net, size) not in embedded:
-            embedded[net, size] = extract(net, dataset, size, device, **how).to(device)
-            costs[net, size] = query_cost(net, size, device, how.get("precision", "float32"))
+            vectors = extract(net, dataset, size, device, workers=workers, precision=precision)
+            embedded[net, size] = vectors.to(device)
+            costs[net, size] = query_cost(net, size, device, precision)
     rows = []
     for name, net, size, other in searches:
         queries, database = embedded[net, size], embedded[other, other.size]
@@ -328,26 +345,36 @@ def compare(teacher, students, dataset, supervised=(), ks=(1, 8), device=None, f
     return rows
 
 
-def compare_unlabelled(teacher, student, dataset, photographs, device=None, figure=None, **how):
+def compare_unlabelled(
+    teacher,
+    student,
+    dataset,
+    photographs,
+    figure=None,
+    device=None,
+    workers=0,
+    precision="float32",
+):
     """What can be measured without labels, as a table; return its rows.
 
     dataset: the held-back images, the queries. photographs: all others, with which they are the
     database. Agreement with the teacher's large queries: see `agreement`.
     """
     device = find_device(device)
+    how = {"device": device, "workers": workers, "precision": precision}
     everything = ImageDataset(dataset.paths + photographs.paths)
-    database = extract(teacher, everything, teacher.size, device, **how).to(device)
-    embedded = {  # by the row's name
-        "teacher": (teacher, teacher.size, database[: len(dataset)]),
-        "no distillation": (teacher, student.size, None),
-        "student": (student, student.size, None),
-    }
+    database = extract(teacher, everything, teacher.size, **how).to(device)
+    small_by_teacher = extract(teacher, dataset, student.size, **how).to(device)
+    small_by_student = extract(student, dataset, student.size, **how).to(device)
+    searches = [  # name, the queries' network, size in px and embeddings
+        ("teacher", teacher, teacher.size, database[: len(dataset)]),
+        ("no distillation", teacher, student.size, small_by_teacher),
+        ("student", student, student.size, small_by_student),
+    ]
     rows, captions = [], {}
-    for name, (net, size, queries) in embedded.items():
-        if queries is None:
-            queries = extract(net, dataset, size, device, **how).to(device)
+    for name, net, size, queries in searches:
         captions[f"{name}\n{size} px"] = queries
-        gflops, ms = query_cost(net, size, device, how.get("precision", "float32"))
+        gflops, ms = query_cost(net, size, device, precision)
         row = {"": name, "network": net.arch, "query px": size, "database px": teacher.size}
         row |= agreement(queries, database)
         rows.append(row | {"GFLOPs/query": gflops, "ms/query": ms})
@@ -446,7 +473,7 @@ def draw_answers(path, title, rows, cell=120):
 # ------------------------------------------------------------------------------ index and search
 
 
-def build_index(teacher, folder, path, **how):
+def build_index(teacher, folder, path, device=None, workers=0, precision="float32"):
     """Embed all images below a folder and write the index, a dict of plain values and tensors.
 
     embeddings (N, D), paths (N) relative to the folder, folder, and network, the fingerprint of the
@@ -455,8 +482,10 @@ def build_index(teacher, folder, path, **how):
     found = ImageDataset(list_images(folder))
     if not len(found):
         raise UserError(f"no images below {folder}")
-    dataset = keep_readable(found, how.get("workers", 0))
-    embeddings = extract(teacher, dataset, teacher.size, **how)
+    dataset = keep_readable(found, workers)
+    embeddings = extract(
+        teacher, dataset, teacher.size, device, workers=workers, precision=precision
+    )
     index = {
         "embeddings": embeddings,
         "paths": [os.path.relpath(name, folder) for name in dataset.paths],
@@ -469,13 +498,16 @@ def build_index(teacher, folder, path, **how):
     say(f"{len(dataset)} images in {path}, {skipped} that cannot be read left out")
 
 
-def search(student, teacher_fingerprint, index, images, top=5, figure=None, **how):
-    """Print the `top` nearest images of an index to each query image (paths), and draw them."""
+def search(student, taught_by, index, images, top=5, figure=None, device=None):
+    """Print the `top` nearest images of an index to each query image (paths), and draw them.
+
+    taught_by: fingerprint of the student's teacher, whose index it searches.
+    """
     content = read_checkpoint(index)
     entries = {"embeddings", "paths", "folder", "network"}
     if not isinstance(content, dict) or not entries <= set(content):
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
-    check_same_teacher(index, content["network"], student, teacher_fingerprint)
+    check_same_teacher(index, content["network"], student, taught_by)
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
         raise UserError(f"{index} has {embeddings.shape[1]} dimensions, the student {student.dim}")
@@ -488,7 +520,7 @@ def search(student, teacher_fingerprint, index, images, top=5, figure=None, **ho
             say(str(error))
     if not readable:
         raise UserError("no query can be read")
-    queries = extract(student, ImageDataset(readable), student.size, **how)
+    queries = extract(student, ImageDataset(readable), student.size, device)
     rows = []
     for path, scores, found in zip(readable, *knn(queries, embeddings, top), strict=True):
         files = [os.path.join(content["folder"], paths[i]) for i in found.tolist()]
@@ -556,67 +588,110 @@ def parse_options():
 
 def main():
     options = parse_options()
-    device = find_device(options.device)
-    how = {"device": device, "workers": options.workers, "precision": options.precision}
+    find_device(options.device)  # or its mistake, before anything else is read
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
     if options.query:
-        if len(options.student) != 1 or not options.index:
-            raise UserError("--query needs one --student and an --index FILE")
-        student, content = load_network(options.student[0])
-        taught_by = content.get("teacher")
-        if not taught_by and "options" in content:  # trained with labels: it searches its own index
-            taught_by = fingerprint(student)
-        search(student, taught_by, options.index, options.query, options.top, options.figure, **how)
-        return
-    if not options.teacher:
+        search_index(options)
+    elif not options.teacher:
         raise UserError("--teacher is needed, or --query with --student and --index")
-    teacher, content = load_network(options.teacher)
-    teacher.size = options.size or teacher.size
-    if options.database:
-        if not options.index:
-            raise UserError("--database needs an --index FILE to write")
-        build_index(teacher, options.database, options.index, **how)
-        return
+    elif options.database:
+        write_index(options)
+    else:
+        write_table(options)
 
-    students = [load_network(path) for path in options.student]
-    for path, (student, about) in zip(options.student, students, strict=True):
-        check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
-        if student.dim != teacher.dim:
-            raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
-        taught_at = about.get("options", {}).get("teacher_size", teacher.size)
-        if taught_at != teacher.size:
-            raise UserError(
-                f"{path} was taught by images of {taught_at} px: give --size {taught_at}"
-            )
-    students = [student for student, _ in students]
+
+def search_index(options):
+    """--query: search an index with a student."""
+    if len(options.student) != 1 or not options.index:
+        raise UserError("--query needs one --student and an --index FILE")
+    student, about = load_network(options.student[0])
+    taught_by = about.get("teacher")
+    if not taught_by and "options" in about:  # trained with labels: it searches its own index
+        taught_by = fingerprint(student)
+    images, top, figure = options.query, options.top, options.figure
+    search(student, taught_by, options.index, images, top, figure, options.device)
+
+
+def write_index(options):
+    """--database: embed a folder into an index."""
+    if not options.index:
+        raise UserError("--database needs an --index FILE to write")
+    teacher, _ = load_network(options.teacher)
+    teacher.size = options.size or teacher.size
+    build_index(
+        teacher,
+        options.database,
+        options.index,
+        options.device,
+        options.workers,
+        options.precision,
+    )
+
+
+def write_table(options):
+    """Else: the table of a teacher and its students."""
+    teacher, about = load_network(options.teacher)
+    teacher.size = options.size or teacher.size
+    students = [load_student(path, teacher) for path in options.student]
+    supervised = [load_network(path)[0] for path in options.supervised]
     if options.figure and not students:
         raise UserError("--figure shows what a --student finds: which one?")
-    supervised = [load_network(path)[0] for path in options.supervised]
-    saved = content.get("options", {})
+    test, others = load_images(options, about.get("options", {}))
+    how = {
+        "figure": options.figure,
+        "device": options.device,
+        "workers": options.workers,
+        "precision": options.precision,
+    }
+    if test.labels is None:
+        if len(students) != 1:
+            raise UserError("without labels, one --student is compared with its --teacher")
+        rows = compare_unlabelled(teacher, students[0], test, others, **how)
+    else:
+        rows = compare(teacher, students, test, supervised, options.ks, **how)
+    if options.json and process_rank() == 0:
+        Path(options.json).write_text(json.dumps(rows, indent=1))
+
+
+def load_student(path, teacher):
+    """The student of a checkpoint. Raises UserError where it is not of this teacher."""
+    student, about = load_network(path)
+    check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
+    if student.dim != teacher.dim:
+        raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
+    taught_at = about.get("options", {}).get("teacher_size", teacher.size)
+    if taught_at != teacher.size:
+        raise UserError(f"{path} was taught by images of {taught_at} px: give --size {taught_at}")
+    return student
+
+
+def load_images(options, saved):
+    """(test images, None), or of images without labels (those held back, all others).
+
+    By default of the teacher's data set; saved: the teacher's options. Unreadable images are left
+    out.
+    """
     name = options.dataset or saved.get("dataset")
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
-    same_data = name == saved.get("dataset")
-    root = root or (saved.get("root") if same_data else None)
-    unlabelled = options.unlabelled or (not options.dataset and saved.get("unlabelled", False))
-    split = "val" if options.validation or (same_data and saved.get("validation")) else "test"
-    if options.validation and same_data and not saved.get("validation"):
-        raise UserError("--validation: the teacher was trained on the validation classes, too")
-    dataset = load_split(name, root, split, unlabelled, saved.get("classes"))
-    dataset = keep_readable(dataset, options.workers)
-    if dataset.labels is None:
-        if len(students) != 1:
-            raise UserError("without labels, one --student is compared with its --teacher")
+    split, unlabelled, classes = "test", options.unlabelled, {}
+    if options.validation:
+        split = "val"
+    if name == saved.get("dataset"):
+        root, classes = root or saved["root"], saved["classes"]
+        unlabelled = unlabelled or (not options.dataset and saved["unlabelled"])
+        if saved["validation"]:
+            split = "val"
+        elif options.validation:
+            raise UserError("--validation: the teacher was trained on the validation classes, too")
+    test = load_dataset(name, root, split, unlabelled, classes)
+    note_changes(classes, test.training_classes)
+    test, others = keep_readable(test, options.workers), None
+    if test.labels is None:
         others = keep_readable(load_dataset(name, root, "train", True), options.workers)
-        rows = compare_unlabelled(teacher, *students, dataset, others, figure=options.figure, **how)
-    else:
-        rows = compare(
-            teacher, students, dataset, supervised, options.ks, figure=options.figure, **how
-        )
-    if options.json and process_rank() == 0:
-        Path(options.json).write_text(json.dumps(rows, indent=1))
+    return test, others
 
 
 if __name__ == "__main__":

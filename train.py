@@ -30,15 +30,14 @@ from data import (
     UserError,
     add_over_processes,
     autocast,
-    average_statistics,
     broadcast,
-    class_counts,
     default_workers,
     find_device,
     fraction,
     keep_readable,
-    load_split,
+    load_dataset,
     not_negative,
+    note_changes,
     positive_float,
     positive_int,
     process_count,
@@ -89,7 +88,12 @@ RECIPES = {name: PHOTOGRAPHS for name in ("cub", "cars", "sop", "folder")} | {"s
 
 
 def train(dataset, options, net=None, progress=None):
-    """Train a network, by default that of the options, or resume it. Returns it, in eval mode."""
+    """Train a network with labels, or resume its run. Returns it, in eval mode.
+
+    dataset   an ImageDataset with labels; classes of fewer than 4 images take no part
+    options   as from `parse_options`
+    net       by default the one that the options describe
+    """
     if dataset.labels is None:
         raise UserError(
             f"{options.dataset} has images directly in it: labels come from sub-folders"
@@ -101,19 +105,23 @@ def train(dataset, options, net=None, progress=None):
     run = Run(net, options, anchors, group=4, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
-        train_one_epoch(net, dataset, rows, epoch, run, options)
-        run.end_epoch(epoch)
+        loss = train_one_epoch(net, dataset, rows, epoch, run, options)
+        run.end_epoch(loss)
     return net.eval()
 
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
-    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
+    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives.
+
+    Returns the sum of the anchors' losses.
+    """
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
         dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
     )
     net.train()
+    total = 0.0
     for i, images in enumerate(crops, start=1):  # (b (1 + M), 3, H, W)
         with run.autocast():
             embeddings = net(images).view(-1, 1 + NEGATIVES, net.dim)  # (b, 1 + M, D)
@@ -121,9 +129,10 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         positives = others_of_group(anchors)  # (b, 3, D)
         loss = triplet_loss(anchors, positives, negatives, MARGIN)
         loss.backward()
-        run.add_loss(loss)
+        total += loss.detach()
         if i % run.accumulate == 0 or i == len(batches):
             run.step()
+    return total
 
 
 def others_of_group(anchors):
@@ -160,15 +169,21 @@ def mine(net, dataset, epoch, options):
     groups, candidates = draw_groups(dataset.labels, options.epoch_size, rng)
     groups = groups[: len(groups) // process_count() * process_count()]
     anchors, pool = groups.flatten(), rng.permutation(candidates)[:POOL]
-    images, place = np.unique(np.concatenate([anchors, pool]), return_inverse=True)
+    used = np.unique(np.concatenate([anchors, pool]))
+    embeddings = torch.zeros(len(dataset), net.dim)
+    embeddings[used] = extract(
+        net,
+        dataset.subset(used),
+        options.size,
+        device=options.device,
+        workers=options.workers,
+        precision=options.precision,
+    )
     device = find_device(options.device)
-    how = {"workers": options.workers, "precision": options.precision}
-    embeddings = extract(net, dataset.subset(images), options.size, device, **how).to(device)
-    embeddings = embeddings[torch.from_numpy(place)]
-    labels = torch.tensor(dataset.labels, device=device)
+    embeddings, labels = embeddings.to(device), torch.tensor(dataset.labels, device=device)
     negatives = draw_negatives(
-        embeddings[: len(anchors)],
-        embeddings[len(anchors) :],
+        embeddings[anchors],
+        embeddings[pool],
         labels[anchors],
         labels[pool],
         NEGATIVES,
@@ -183,27 +198,28 @@ def mine(net, dataset, epoch, options):
 
 
 class Run:
-    """A run: optimizer, schedule, log, and a checkpoint after each epoch, from which it goes on.
+    """What stands around a training loop: optimizer and schedule, resume, log and checkpoint.
 
     images     anchors or images that this process sees in an epoch
     group      how many of them stay together in a micro-batch
     teacher    fingerprint of the student's teacher
     progress   shared with other runs
 
-    A step takes `accumulate` micro-batches of `micro_batch` images. Loss and gradient are sums over
-    images: with the same views and frozen batch-norm a step does not depend on how it is divided.
+    The loop calls `step()` after every `accumulate` micro-batches of `micro_batch` images, and
+    `end_epoch()` after an epoch, which writes the checkpoint from which the same command goes on.
+    Loss and gradient are sums over images: with the same views and frozen batch-norm a step does
+    not depend on how it is divided.
     """
 
     def __init__(self, net, options, images, group=1, teacher=None, progress=None):
-        self.net, self.options, self.teacher = net, options, teacher
-        self.device = find_device(options.device)
-        self.path = Path(options.out, "model.pt")
-        self.micro_batch, self.accumulate = divide_batch(options, group)
-        self.images = images
         if not images:
             raise UserError("an epoch has fewer images than there are processes")
+        self.net, self.options, self.images, self.teacher = net, options, images, teacher
+        self.device = find_device(options.device)
+        self.micro_batch, self.accumulate = divide_batch(options, group)
         self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
 
+        self.path = Path(options.out, "model.pt")
         saved = read_checkpoint(self.path) if self.path.exists() else {}
         refuse_other_run(saved, options, teacher)
         if saved:
@@ -230,16 +246,13 @@ class Run:
         self.progress.skip(self.first_epoch / options.epochs)
         self.begin_epoch()
 
-    def autocast(self):
-        return autocast(self.device, self.options.precision)
-
     def begin_epoch(self):
-        epoch = len(self.log)
-        torch.manual_seed(self.options.seed + epoch)  # of dropout, the same after an interruption
-        self.loss, self.began = torch.zeros((), device=self.device), time.time()
+        torch.manual_seed(self.options.seed + len(self.log))  # of dropout, also after a resume
+        self.began = time.time()
 
-    def add_loss(self, loss):
-        self.loss += loss.detach()
+    def autocast(self):
+        """The context of the forward passes."""
+        return autocast(self.device, self.options.precision)
 
     def step(self):
         """One step of optimizer and schedule, with the gradients of all processes added up."""
@@ -251,12 +264,13 @@ class Run:
         note = f", epoch {len(self.log) + 1} of {self.options.epochs}{last}"
         self.progress.advance(1 / (self.steps * self.options.epochs), note)
 
-    def end_epoch(self, epoch):
-        """Log the epoch and write the checkpoint from which the same command goes on."""
-        add_over_processes(self.loss)
+    def end_epoch(self, loss):
+        """Log the epoch and save the run. loss: summed over the images of this process."""
+        add_over_processes(loss)
         average_statistics(self.net)
-        seconds, images = time.time() - self.began, self.images * process_count()
-        loss = self.loss.item() / images
+        epoch, seconds = len(self.log), time.time() - self.began
+        images = self.images * process_count()
+        loss = loss.item() / images
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch}: take a smaller --lr")
         entry = {"epoch": epoch, "loss": loss, "lr": self.schedule.get_last_lr()[0]}
@@ -265,16 +279,31 @@ class Run:
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log.append(entry)
         if process_rank() == 0:
-            options, lines = vars(self.options), [json.dumps(entry) for entry in self.log]
-            versions = {name: sys.modules[name].__version__ for name in ("torch", "numpy", "PIL")}
-            how = {"command": sys.argv, "options": options, "versions": versions}
-            self.path.with_name("options.json").write_text(json.dumps(how, indent=1))
-            # The checkpoint comes last: after a kill between the two the log is written again.
-            self.path.with_name("log.jsonl").write_text("\n".join(lines) + "\n")
-            state = {"epochs": epoch + 1, "log": self.log, "optimizer": self.optimizer.state_dict()}
-            about = {"options": options, "teacher": self.teacher, "training": state}
-            save_checkpoint(self.path, self.net, **about)
+            self.save()
         self.begin_epoch()
+
+    def save(self):
+        """options.json, log.jsonl and model.pt; after a kill in between the same command mends."""
+        options = vars(self.options)
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "numpy", "PIL")}
+        about = {"command": sys.argv, "options": options, "versions": versions}
+        self.path.with_name("options.json").write_text(json.dumps(about, indent=1))
+        lines = [json.dumps(entry) + "\n" for entry in self.log]
+        self.path.with_name("log.jsonl").write_text("".join(lines))
+        training = {"epochs": len(self.log), "log": self.log}
+        training["optimizer"] = self.optimizer.state_dict()
+        save_checkpoint(
+            self.path, self.net, options=options, teacher=self.teacher, training=training
+        )
+
+
+def average_statistics(net):
+    """Batch-norm that trains has other statistics in each process: take their mean, in place."""
+    if not net.frozen_batchnorm:
+        for name, buffer in net.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                add_over_processes(buffer)
+                buffer /= process_count()
 
 
 # The teacher's path may change, its fingerprint may not; classes come from the checkpoint.
@@ -325,11 +354,19 @@ def new_network(options, pooling, size):
 
 
 def load_images(options):
-    """(images to train on, images to measure on), those that can be read; checked before a run."""
+    """(images to train on, images to measure on), without those that cannot be read.
+
+    options.classes keeps which classes of a folder train, whatever is added to the folder later.
+    """
+    path = Path(options.out, "model.pt")
+    if not options.classes and path.exists():  # a run that goes on
+        options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
     training, test = (
-        load_split(options.dataset, options.root, split, options.unlabelled, options.classes)
+        load_dataset(options.dataset, options.root, split, options.unlabelled, options.classes)
         for split in (("fit", "val") if options.validation else ("train", "test"))
     )
+    note_changes(options.classes, training.training_classes)
+    options.classes = training.training_classes
     if test.labels is not None and len(set(test.labels)) == len(test.labels):
         raise UserError(f"no test class of {options.dataset} has two images to find each other")
     workers = options.workers
@@ -378,33 +415,8 @@ def describe_recipes(recipes):
     return "\n".join(lines)
 
 
-def fill_in(options, recipes):
-    """What the command line leaves open is as in the data set's recipe."""
-    for name, value in recipes.get(options.dataset, recipes["folder"]).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-def name_run(options, sizes):
-    """The folder of the run: as asked for, or a name in runs/."""
-    default = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
-    options.out = str(Path(options.out or default).expanduser())
-
-
-def settle_classes(options):
-    """The classes of a folder that train stay the same, whatever is added to the folder later."""
-    if options.dataset in RECIPES or options.unlabelled:
-        return
-    path = Path(options.out, "model.pt")
-    if not options.classes and path.exists():
-        options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
-    if not options.classes:
-        split = load_split(options.dataset, options.root, "train", options.unlabelled)
-        options.classes = class_counts(split)
-
-
 def parse_options(argv=None):
-    """The command line, and nothing else."""
+    """The options. The command line counts before the data set's recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=describe_recipes(RECIPES),
@@ -414,22 +426,24 @@ def parse_options(argv=None):
     add_common_options(parser)
     parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
     parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
-    return parser.parse_args(argv)
-
-
-def settle(options):
-    """Fill in what the command line leaves open. Returns the options."""
-    options.unlabelled, options.classes = False, {}
-    name = options.dataset or "synthetic"
-    options.dataset, options.root = settle_dataset(name, options.root)
-    fill_in(options, RECIPES)
-    name_run(options, options.size)
-    settle_classes(options)
+    parser.set_defaults(dataset="synthetic", unlabelled=False, classes={})
+    options = parser.parse_args(argv)
+    dataset, root = settle_dataset(options.dataset, options.root)
+    parser.set_defaults(**RECIPES.get(dataset, RECIPES["folder"]))
+    options = parser.parse_args(argv)
+    options.dataset, options.root = dataset, root
+    options.out = run_folder(options, options.size)
     return options
 
 
+def run_folder(options, sizes):
+    """The folder of the run: as asked for, or a name in runs/."""
+    default = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
+    return str(Path(options.out or default).expanduser())
+
+
 def main():
-    options = settle(parse_options())
+    options = parse_options()
     training, test = load_images(options)
     net = train(training, options)
     compare(net, [], test, device=options.device, workers=options.workers)
