@@ -120,15 +120,15 @@ class EmbeddingNet(nn.Module):
         return self
 
     def forward(self, images):
-        x = images.flatten(0, -4)  # (..., 3, H, W) -> (B, 3, H, W)
+        x = images.flatten(0, -4)  # (..., 3, H, W) -> (N, 3, H, W); four dimensions stay four
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
-        features = self.backbone(x)  # (B, C, h, w)
+        features = self.backbone(x)  # (N, C, h, w)
         with torch.autocast(features.device.type, enabled=False):  # the head in float32
-            x = F.normalize(self.pool(features.float()).flatten(1))  # (B, C)
+            x = F.normalize(self.pool(features.float()).flatten(1))  # (N, C)
             x = self.whiten(x.to(images.dtype))  # float32, unless the caller has called net.half()
-            x = F.normalize(x.float())  # (B, D)
-        return x.unflatten(0, images.shape[:-3])
+            x = F.normalize(x.float())  # (N, D)
+        return x.unflatten(0, images.shape[:-3])  # (..., D)
 
 
 def build_backbone(arch, pretrained):

@@ -572,7 +572,7 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     the same. rng: numpy's Generator.
     """
     count = len(images) * views
-    attempts = rng.random((len(images), views, 10, 4)).tolist()
+    attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten for each view's box
     flips = torch.from_numpy(rng.random(count) < 0.5)
     factors = torch.from_numpy(rng.uniform(*COLOR_RANGE, (count, 4))).float()
     order = rng.permutation(4).tolist()
@@ -595,12 +595,12 @@ def crop_box(attempts, height, width, min_scale):
     The first of the attempts (area, ratio, top, left) that fits is taken, else the centre.
     """
     low, high = CROP_RATIO
-    for area, ratio, top, left in attempts:
-        area = height * width * (min_scale + (1 - min_scale) * area)
-        ratio = low * (high / low) ** ratio  # uniform in its logarithm
+    for u_area, u_ratio, u_top, u_left in attempts:
+        area = height * width * (min_scale + (1 - min_scale) * u_area)
+        ratio = low * (high / low) ** u_ratio  # uniform in its logarithm
         h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
         if 0 < h <= height and 0 < w <= width:
-            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+            return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
     h, w = min(height, round(width / low)), min(width, round(height * high))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -717,13 +717,13 @@ def adjust_hue(x, shift):
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     # In sixths of the circle red is 0, green 2 and blue 4; which channel is highest says where.
-    # The masks are floats: torch.where on bools takes four times as long on a CPU.
+    # lerp by a mask of 0 and 1 is torch.where, in a quarter of its time on a CPU.
     mask = torch.empty_like(chroma)
     hue = (red - green).add_(chroma, alpha=4)
     hue.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(green, high, out=mask))
     hue.lerp_(green - blue, torch.eq(red, high, out=mask))
     hue.div_(chroma.clamp(min=1e-12)).add_(6 * shift)
-    hue.sub_((hue / 6).floor_().mul_(6))
+    hue.sub_((hue / 6).floor_().mul_(6))  # modulo 6
     # The pure colour of a hue: red |h - 3| - 1, green 2 - |h - 2|, blue 2 - |h - 4|, in [0, 1].
     torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1), out=red)
     torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0, 1), out=green)

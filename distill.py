@@ -83,7 +83,8 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGG
 def distill(teacher, dataset, options, student=None, progress=None):
     """Distil a student, or resume its run. Returns it, in eval mode.
 
-    teacher   a network, or a module of your own with `dim`; it is frozen
+    teacher   an EmbeddingNet, or a module with `dim` that maps (..., 3, H, W) to unit vectors (then
+              give a student, too); it is frozen
     dataset   an ImageDataset; labels are not read
     options   as from `parse_options`
     student   by default the one that the options describe
@@ -247,8 +248,8 @@ def finish(teacher, student, training, test, options, supervised=()):
 # --------------------------------------------------------------------------- options, the program
 
 
-def parse_options(argv=None):
-    """(options, the teacher that they name, or None).
+def parse_options(argv=None, teacher=None):
+    """(options, the teacher: the network that they name, or the given one, or None).
 
     The command line counts before what the teacher's checkpoint says of its training, and that
     before the data set's recipe.
@@ -264,20 +265,22 @@ def parse_options(argv=None):
     add("--teacher", help="checkpoint or released name; needed but for synthetic and --unlabelled")
     add("--teacher-size", type=positive_int, help="side in px of the teacher's images (*)")
     add("--student-size", type=positive_int, help="side in px of the student's images (*)")
-    add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
+    add("--unlabelled", **train.FLAG, help="a folder in any arrangement, without labels")
     add("--views", type=positive_int, help="A, augmented views of an image (*)")
-    add("--no-mixup", action="store_true", help="views are not mixed with those of other images")
-    add("--regression", action="store_true", help="no augmentation, absolute term: an ablation")
+    add("--no-mixup", **train.FLAG, help="views are not mixed with those of other images")
+    add("--regression", **train.FLAG, help="no augmentation, absolute term: an ablation")
     add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=float, help="weight of the student-student term (*)")
     options = parser.parse_args(argv)
-    teacher, inherited = None, {}
+    saved, inherited = {}, {}
     if options.teacher:
         teacher, content = load_network(options.teacher)
-        inherited = options_of_teacher(teacher, content.get("options", {}), options)
+        saved = content.get("options", {})
+    if teacher is not None:
+        inherited = options_of_teacher(teacher, saved, options)
     name = options.dataset or inherited.get("dataset") or "synthetic"
     name, root = settle_dataset(name, options.root or inherited.get("root"))
-    unlabelled = options.unlabelled or inherited.get("unlabelled", False)
+    unlabelled = bool(options.unlabelled or inherited.get("unlabelled"))
     if name in RECIPES and unlabelled:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if name not in RECIPES and not unlabelled and has_images_directly(root or name):
@@ -287,10 +290,7 @@ def parse_options(argv=None):
         inherited["dim"] = 0  # an ImageNet network as it comes is the teacher
     elif teacher is None and name != "synthetic":
         raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
-
-    parser.set_defaults(classes={}, **RECIPES.get(name, RECIPES["folder"]))
-    parser.set_defaults(**inherited)
-    options = parser.parse_args(argv)
+    options = train.complete(options, RECIPES.get(name, RECIPES["folder"]), inherited)
     options.dataset, options.root, options.unlabelled = name, root, unlabelled
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
     return options, teacher

@@ -77,7 +77,8 @@ def retrieval_metrics(
 
       R@k          1 if a correct image has rank < k
       P@k          share of correct images among the first min(k, 1 + rank of the last correct one)
-      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0
+      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0:
+                   both as in the authors' code
       mAP@k        the same, summed over ranks < k, divided by min(n, k)
       R-Precision  share of correct images among the first n (Musgrave et al., 2020)
       MAP@R        (j+1)/(r+1), summed over ranks < n, divided by n (the same)
@@ -144,7 +145,7 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     if not len(order):
         return
     columns = database.T.contiguous()  # (D, N)
-    # Two matrices for all chunks: allocating them anew takes longer.
+    # Two matrices for all chunks, scores and 0 or 1: allocating them anew takes longer.
     buffers = database.new_empty(2, max(1, chunk // len(database)), len(database))
     for q in order.split(buffers.shape[1]):
         scores, at_least = buffers[:, : len(q)]
@@ -157,7 +158,8 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         scores.scatter_(1, rows, -torch.inf)  # what is left are wrong images
         # A rank: how many wrong images score at least as much, and how many correct ones more.
         wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in correct.T]
-        yield torch.stack(wrong, 1).long() + torch.arange(len(wrong), device=n.device), n[q]
+        better = torch.arange(len(wrong), device=n.device)  # correct ones
+        yield torch.stack(wrong, 1).long() + better, n[q]
 
 
 def rows_of_classes(by_label, first, size):
@@ -592,16 +594,16 @@ def main():
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
     if options.query:
-        search_index(options)
+        command_search(options)
     elif not options.teacher:
         raise UserError("--teacher is needed, or --query with --student and --index")
     elif options.database:
-        write_index(options)
+        command_index(options)
     else:
-        write_table(options)
+        command_table(options)
 
 
-def search_index(options):
+def command_search(options):
     """--query: search an index with a student."""
     if len(options.student) != 1 or not options.index:
         raise UserError("--query needs one --student and an --index FILE")
@@ -613,7 +615,7 @@ def search_index(options):
     search(student, taught_by, options.index, images, top, figure, options.device)
 
 
-def write_index(options):
+def command_index(options):
     """--database: embed a folder into an index."""
     if not options.index:
         raise UserError("--database needs an --index FILE to write")
@@ -629,7 +631,7 @@ def write_index(options):
     )
 
 
-def write_table(options):
+def command_table(options):
     """Else: the table of a teacher and its students."""
     teacher, about = load_network(options.teacher)
     teacher.size = options.size or teacher.size
@@ -637,7 +639,7 @@ def write_table(options):
     supervised = [load_network(path)[0] for path in options.supervised]
     if options.figure and not students:
         raise UserError("--figure shows what a --student finds: which one?")
-    test, others = load_images(options, about.get("options", {}))
+    test, others = load_test_images(options, about.get("options", {}))
     how = {
         "figure": options.figure,
         "device": options.device,
@@ -666,7 +668,7 @@ def load_student(path, teacher):
     return student
 
 
-def load_images(options, saved):
+def load_test_images(options, saved):
     """(test images, None), or of images without labels (those held back, all others).
 
     By default of the teacher's data set; saved: the teacher's options. Unreadable images are left

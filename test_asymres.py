@@ -1732,3 +1732,20 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     for line in released:
         code, said, _ = run(f"{line} --workers 0")
         assert code == 0 and "student, asymmetric" in said
+
+
+def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
+    """Teacher, student and table, by the README's lines, with epochs made short."""
+    monkeypatch.chdir(tmp_path)
+    write_images(*(Path("FOLDER", f"{i % 4}", f"{i}.png") for i in range(32)))
+    short = {"epochs": 1, "views": 2, "batch_size": 8, "size": 32, "workers": 0}
+    for module in (train, distill):
+        monkeypatch.setitem(module.RECIPES, "folder", module.RECIPES["folder"] | short)
+    code = (HERE / "README.md").read_text().split("is used from Python:")[1].split("\n\n")[1]
+    code = code.replace('"224"', '"16"')
+    names = {
+        "module": nn.Conv2d(3, 4, 3, stride=4),
+        "copy_of_module": nn.Conv2d(3, 4, 3, stride=4),
+    }
+    exec("\n".join(line.strip() for line in code.splitlines()), names)
+    assert "student, asymmetric  custom   16        32" in capsys.readouterr().out

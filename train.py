@@ -49,6 +49,7 @@ from data import (
 )
 from evaluate import compare, extract
 
+GROUP = 4  # anchors of one class that stay together: three are the positives of the fourth
 NEGATIVES = 4  # of an anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
 MARGIN = 0.7  # of the triplet loss
@@ -100,9 +101,10 @@ def train(dataset, options, net=None, progress=None):
         )
     net = net or new_network(options, options.pooling, options.size)
     net.size = options.size
+    # All epochs have equally many groups as this one, which is drawn only to count them.
     groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
-    anchors = 4 * (len(groups) // process_count())  # the same number in every epoch
-    run = Run(net, options, anchors, group=4, progress=progress)
+    anchors = GROUP * (len(groups) // process_count())
+    run = Run(net, options, anchors, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
         loss = train_one_epoch(net, dataset, rows, epoch, run, options)
@@ -138,7 +140,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
 def others_of_group(anchors):
     """The positives of anchors in groups of 4 of a class: (b, D) -> (b, 3, D)."""
     others = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
-    return anchors.unflatten(0, (-1, 4))[:, others].flatten(0, 1)
+    return anchors.unflatten(0, (-1, GROUP))[:, others].flatten(0, 1)
 
 
 def draw_groups(labels, epoch_size, rng):
@@ -149,15 +151,15 @@ def draw_groups(labels, epoch_size, rng):
     """
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    classes = [images for images in classes if len(images) >= 4]
+    classes = [images for images in classes if len(images) >= GROUP]
     if len(classes) < 2:
         raise UserError(
             f"{len(classes)} training classes have 4 images: triplets need two such ones"
         )
-    count = min(map(len, classes)) // 4 * 4
-    groups = [rng.permutation(images)[:count].reshape(-1, 4) for images in classes]
+    count = min(map(len, classes)) // GROUP * GROUP
+    groups = [rng.permutation(images)[:count].reshape(-1, GROUP) for images in classes]
     groups = rng.permutation(np.concatenate(groups))
-    return groups[: max(1, epoch_size // 4)], np.concatenate(classes)
+    return groups[: max(1, epoch_size // GROUP)], np.concatenate(classes)
 
 
 def mine(net, dataset, epoch, options):
@@ -191,7 +193,7 @@ def mine(net, dataset, epoch, options):
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
     rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
-    return rows.view(-1, 4, 1 + NEGATIVES)[process_rank() :: process_count()].flatten(0, 1)
+    return rows.view(-1, GROUP, 1 + NEGATIVES)[process_rank() :: process_count()].flatten(0, 1)
 
 
 # ------------------------------------------------------------ what teacher and student runs share
@@ -227,9 +229,7 @@ class Run:
         net.to(self.device, memory_format=torch.channels_last)
         for value in net.state_dict().values():
             broadcast(value)  # all processes start alike
-        learned = [*net.backbone.parameters(), *net.whiten.parameters()]
-        groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, options.lr, weight_decay=WEIGHT_DECAY)
+        self.optimizer = make_optimizer(net, options.lr)
         self.first_epoch, self.log = 0, []
         if saved:
             self.first_epoch, self.log = saved["training"]["epochs"], saved["training"]["log"]
@@ -295,6 +295,13 @@ class Run:
         save_checkpoint(
             self.path, self.net, options=options, teacher=self.teacher, training=training
         )
+
+
+def make_optimizer(net, lr):
+    """AdamW, without weight decay for the pooling's p."""
+    learned = [*net.backbone.parameters(), *net.whiten.parameters()]
+    groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, weight_decay=WEIGHT_DECAY)
 
 
 def average_statistics(net):
@@ -376,6 +383,7 @@ def load_images(options):
 # --------------------------------------------------------------------------- options, the program
 
 
+FLAG = {"action": "store_true", "default": None}  # None: the command line does not say
 PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
 
@@ -398,11 +406,13 @@ def add_common_options(parser):
     add("--micro-batch", type=positive_int, help="of these in the networks at once (*)")
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
     add("--min-scale", type=fraction, help="smallest share of an image's area in a crop (*)")
-    add("--validation", action="store_true", help="measure on half of the training classes")
+    add("--validation", **FLAG, help="measure on half of the training classes")
     add("--seed", type=not_negative, default=1234, help="of all that is random (1234)")
     add("--workers", type=not_negative, help="processes that decode images (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    add("--precision", choices=PRECISIONS, default="auto", help="of the backbone (auto)")
+    add(
+        "--precision", choices=PRECISIONS, default="auto", help="of the backbone in training (auto)"
+    )
 
 
 def describe_recipes(recipes):
@@ -426,14 +436,22 @@ def parse_options(argv=None):
     add_common_options(parser)
     parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
     parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
-    parser.set_defaults(dataset="synthetic", unlabelled=False, classes={})
     options = parser.parse_args(argv)
-    dataset, root = settle_dataset(options.dataset, options.root)
-    parser.set_defaults(**RECIPES.get(dataset, RECIPES["folder"]))
-    options = parser.parse_args(argv)
-    options.dataset, options.root = dataset, root
+    name, root = settle_dataset(options.dataset or "synthetic", options.root)
+    options = complete(options, RECIPES.get(name, RECIPES["folder"]))
+    options.dataset, options.root, options.unlabelled = name, root, False
     options.out = run_folder(options, options.size)
     return options
+
+
+def complete(options, recipe, inherited=None):
+    """Options in which the command line counts before what is inherited, and that before a recipe.
+
+    classes, which is no option, is for `load_images`.
+    """
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    merged = {"classes": {}} | vars(options) | recipe | (inherited or {}) | given
+    return argparse.Namespace(**merged)
 
 
 def run_folder(options, sizes):
