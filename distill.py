@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler
 import train
 from asymres import NetworkError, absolute_term, distillation_loss, fingerprint, save_checkpoint
 from data import (
+    HELP_FORMAT,
     EpochSampler,
     Progress,
     UserError,
@@ -207,7 +208,7 @@ def miniature(options):
         f"Then {len(test)} images of {others} other classes are searched for each other.",
     )
     progress = Progress("", announce=True)
-    labels_time, teacher_time, student_time = 0.19, 0.37, 0.44  # shares, as measured on a CPU
+    labels_time, teacher_time, student_time = 0.19, 0.37, 0.44  # of the whole, measured on a CPU
     progress.stage(f"1. labels, {s} px", labels_time)
     labels = train.train(training, labels_options, progress=progress)
     progress.stage(f"2. teacher, {t} px", teacher_time)
@@ -257,64 +258,75 @@ def parse_options(argv=None, teacher=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=train.describe_recipes(RECIPES),
-        formatter_class=train.HELP_FORMAT,
+        formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
-    train.add_common_options(parser)
     add = parser.add_argument
     add("--teacher", help="checkpoint or released name; needed but for synthetic and --unlabelled")
+    add(
+        "--dataset",
+        help="cub, cars, sop, synthetic or a folder (default: the teacher's, or synthetic)",
+    )
+    add("--root", help="folder that holds the data set (default: where the teacher found it)")
+    add("--unlabelled", **train.FLAG, help="a folder in any arrangement, without labels")
     add("--teacher-size", type=positive_int, help="side in px of the teacher's images (*)")
     add("--student-size", type=positive_int, help="side in px of the student's images (*)")
-    add("--unlabelled", **train.FLAG, help="a folder in any arrangement, without labels")
+    add("--weights", help="to start from: imagenet, random, teacher (the teacher's), a file (*)")
     add("--views", type=positive_int, help="A, augmented views of an image (*)")
     add("--no-mixup", **train.FLAG, help="views are not mixed with those of other images")
     add("--regression", **train.FLAG, help="no augmentation, absolute term: an ablation")
     add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=float, help="weight of the student-student term (*)")
+    train.add_common_options(parser)
     options = parser.parse_args(argv)
-    saved, inherited = {}, {}
+
+    trained = {}  # the options of the teacher's training
     if options.teacher:
         teacher, content = load_network(options.teacher)
-        saved = content.get("options", {})
+        trained = content.get("options", {})
     if teacher is not None:
-        inherited = options_of_teacher(teacher, saved, options)
-    name = options.dataset or inherited.get("dataset") or "synthetic"
-    name, root = settle_dataset(name, options.root or inherited.get("root"))
-    unlabelled = bool(options.unlabelled or inherited.get("unlabelled"))
-    if name in RECIPES and unlabelled:
-        raise UserError("--unlabelled needs a folder of images as --dataset")
-    if name not in RECIPES and not unlabelled and has_images_directly(root or name):
-        say(f"note: images directly in {root or name}: taken as without labels")
-        unlabelled = True
-    if teacher is None and unlabelled:
-        inherited["dim"] = 0  # an ImageNet network as it comes is the teacher
-    elif teacher is None and name != "synthetic":
+        train.fill_in(options, options_of_teacher(teacher, trained, options))
+    settle_images(options)
+    if teacher is None and options.unlabelled:
+        train.fill_in(options, {"dim": 0})  # an ImageNet network as it comes is the teacher
+    elif teacher is None and options.dataset != "synthetic":
         raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
-    options = train.complete(options, RECIPES.get(name, RECIPES["folder"]), inherited)
-    options.dataset, options.root, options.unlabelled = name, root, unlabelled
+    train.fill_in(options, RECIPES.get(options.dataset, RECIPES["folder"]))
+    train.fill_in(options, {"classes": {}})  # of a folder, those that train: see `load_images`
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
     return options, teacher
 
 
-def options_of_teacher(teacher, saved, options):
+def settle_images(options):
+    """Make dataset, root and unlabelled of the options what they mean; raise where they cannot."""
+    name, root = settle_dataset(options.dataset or "synthetic", options.root)
+    if name in RECIPES and options.unlabelled:
+        raise UserError("--unlabelled needs a folder of images as --dataset")
+    if name not in RECIPES and not options.unlabelled and has_images_directly(root or name):
+        say(f"note: images directly in {root or name}: taken as without labels")
+        options.unlabelled = True
+    options.dataset, options.root, options.unlabelled = name, root, bool(options.unlabelled)
+
+
+def options_of_teacher(teacher, trained, options):
     """What a student takes from its teacher where the command line is silent.
 
-    saved: the options in the teacher's checkpoint, {} for the authors'.
+    trained: the options of the teacher's training, {} for the authors' teachers.
     """
     inherited = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
     if options.arch in (None, teacher.arch):
-        if "weights" in saved:
-            inherited["weights"] = saved["weights"]
+        if "weights" in trained:
+            inherited["weights"] = trained["weights"]
         if not isinstance(teacher.whiten, torch.nn.Linear):
             inherited["dim"] = 0  # the same backbone has as many dimensions; others need a layer
-    if options.dataset is None and "dataset" not in saved:
+    if options.dataset is None and "dataset" not in trained:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-    name, _ = settle_dataset(options.dataset or saved["dataset"], None)
-    if name == saved.get("dataset"):
-        if options.validation and not saved["validation"]:
+    name, _ = settle_dataset(options.dataset or trained["dataset"], None)
+    if name == trained.get("dataset"):
+        if options.validation and not trained["validation"]:
             raise UserError("--validation: the teacher was trained on the validation classes, too")
         for option in ("dataset", "root", "unlabelled", "classes", "validation"):
-            inherited[option] = saved[option]
+            inherited[option] = trained[option]
     return inherited
 
 

@@ -28,6 +28,8 @@ from asymres import (
     save_atomically,
 )
 from data import (
+    HELP_FORMAT,
+    PRECISIONS,
     ImageDataset,
     Progress,
     UserError,
@@ -68,12 +70,12 @@ def retrieval_metrics(
 ):
     """Search (N, D) for each of (Q, D) by dot product: {metric: mean over queries, in [0, 1]}.
 
-    Images of the query's label are correct, n of them; the j-th best has rank r, both from 0. At
-    equal scores wrong images come first. A query without a correct image is left out of the means,
-    but its image stays in the database.
-
     same_images   query i and row i of the database are one image, which is no answer to itself
     chunk         scores held at a time
+
+    The n images of the query's label are correct. The correct image j = 0, 1, ..., n - 1, from the
+    best one on, has rank r: so many images come before it, and at equal scores a wrong one does. A
+    query without a correct image is left out of the means; its image stays in the database.
 
       R@k          1 if a correct image has rank < k
       P@k          share of correct images among the first min(k, 1 + rank of the last correct one)
@@ -132,8 +134,12 @@ def retrieval_metrics(
 def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
     """Yield, for q queries at a time, the ranks (q, m) of their n correct images, and n, (q,).
 
-    Ranks are from 0 and sorted; after the first n of a row comes padding. Queries without a correct
-    image are left out, the others come in the order of n, so that there is little padding.
+    A rank is the number of wrong images that score at least as much, plus that of correct images
+    that score more. The latter is known once the few correct scores are sorted, and the former are
+    counted, one pass over the scores (q, N) for each correct image: nothing long is ever sorted.
+
+    Ranks ascend; after the first n of a row comes padding. Queries without a correct image are left
+    out, the others come in the order of n, so that there is little padding.
     """
     by_label = database_labels.argsort()  # rows of the database, class after class
     sorted_labels = database_labels[by_label]
@@ -145,20 +151,20 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     if not len(order):
         return
     columns = database.T.contiguous()  # (D, N)
-    # Two matrices for all chunks, scores and 0 or 1: allocating them anew takes longer.
+    # Scores, and where they are at least as high, as 0.0 or 1.0, which a CPU adds up faster than
+    # booleans. All chunks use the same memory: to ask for it anew takes as long as to count.
     buffers = database.new_empty(2, max(1, chunk // len(database)), len(database))
     for q in order.split(buffers.shape[1]):
-        scores, at_least = buffers[:, : len(q)]
-        torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N) -> (q, N)
+        scores, at_least = buffers[:, : len(q)]  # (q, N) each
+        torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
-            scores.scatter_(1, q[:, None], -torch.inf)
+            scores.scatter_(1, q[:, None], -torch.inf)  # the query's own image
         rows, padding = rows_of_classes(by_label, first[q], size[q])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
-        correct = correct.sort(descending=True).values[:, : int(n[q].max())]
+        correct = correct.sort(descending=True).values[:, : int(n[q].max())]  # (q, m)
         scores.scatter_(1, rows, -torch.inf)  # what is left are wrong images
-        # A rank: how many wrong images score at least as much, and how many correct ones more.
         wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in correct.T]
-        better = torch.arange(len(wrong), device=n.device)  # correct ones
+        better = torch.arange(len(wrong), device=n.device)  # correct images before j: j of them
         yield torch.stack(wrong, 1).long() + better, n[q]
 
 
@@ -312,7 +318,7 @@ def compare(
     """
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
-    # A search: its name, the queries' network and size in px, the database's network.
+    # A search: its name, the queries' network and size in px, and the database's network.
     searches = [("teacher, symmetric", teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
         searches.append(("no distillation", teacher, size, teacher))
@@ -327,10 +333,10 @@ def compare(
             embedded[net, size] = vectors.to(device)
             costs[net, size] = query_cost(net, size, device, precision)
     rows = []
-    for name, net, size, other in searches:
-        queries, database = embedded[net, size], embedded[other, other.size]
+    for name, net, size, database_net in searches:
+        queries, database = embedded[net, size], embedded[database_net, database_net.size]
         metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
-        row = {"": name, "network": net.arch, "query px": size, "database px": other.size}
+        row = {"": name, "network": net.arch, "query px": size, "database px": database_net.size}
         row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
         row |= {"mAP": 100 * metrics["mAP"]}
         rows.append(row | dict(zip(("GFLOPs/query", "ms/query"), costs[net, size], strict=True)))
@@ -560,15 +566,31 @@ def load_network(path):
 
 
 def parse_options():
-    """The command line, and nothing else."""
+    """The options, as they are on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
     add("--teacher", help="checkpoint or released name of the database's network")
     add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
+    add("--size", type=positive_int, help="px of the database's images (default: the teacher's)")
+    add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
+    add(
+        "--workers",
+        type=not_negative,
+        default=default_workers(),
+        help="processes that decode images (default: one for each core)",
+    )
+    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the backbone; auto: bfloat16 where a GPU has it (default: float32)",
+    )
+    add = parser.add_argument_group("the table of a teacher and its students").add_argument
     add("--supervised", nargs="+", default=[], help="checkpoints of networks trained with labels")
     add("--dataset", help="cub, cars, sop, synthetic or a folder (default: the teacher's)")
     add("--root", help="where the data set is (default: where the teacher found it)")
@@ -576,15 +598,12 @@ def parse_options():
     add("--validation", action="store_true", help="test on the second half of the training classes")
     add("--ks", type=positive_int, nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
     add("--json", metavar="FILE", help="write the table, for machines")
-    add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
-    add("--database", metavar="FOLDER", help="embed the images below a folder ...")
-    add("--index", metavar="FILE", help="... into this file; with --query: search it")
+    add = parser.add_argument_group("an index, with --teacher").add_argument
+    add("--database", metavar="FOLDER", help="embed the images below this folder ...")
+    add("--index", metavar="FILE", help="... into this file; with --query: the file to search")
+    add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
     add("--top", type=positive_int, default=5, help="answers to a query (default: %(default)s)")
-    add("--size", type=positive_int, help="px of the database's images (default: the teacher's)")
-    add("--workers", type=not_negative, default=default_workers(), help="that decode (one a core)")
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    add("--precision", choices=("auto", "bfloat16", "float32"), default="float32")
     return parser.parse_args()
 
 
@@ -608,11 +627,18 @@ def command_search(options):
     if len(options.student) != 1 or not options.index:
         raise UserError("--query needs one --student and an --index FILE")
     student, about = load_network(options.student[0])
-    taught_by = about.get("teacher")
-    if not taught_by and "options" in about:  # trained with labels: it searches its own index
+    taught_by = about.get("teacher")  # the authors' checkpoints do not say
+    if "options" in about and not taught_by:  # trained with labels: it searches its own index
         taught_by = fingerprint(student)
-    images, top, figure = options.query, options.top, options.figure
-    search(student, taught_by, options.index, images, top, figure, options.device)
+    search(
+        student,
+        taught_by,
+        options.index,
+        options.query,
+        options.top,
+        options.figure,
+        options.device,
+    )
 
 
 def command_index(options):
@@ -678,21 +704,18 @@ def load_test_images(options, saved):
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
-    split, unlabelled, classes = "test", options.unlabelled, {}
-    if options.validation:
-        split = "val"
-    if name == saved.get("dataset"):
-        root, classes = root or saved["root"], saved["classes"]
-        unlabelled = unlabelled or (not options.dataset and saved["unlabelled"])
-        if saved["validation"]:
-            split = "val"
-        elif options.validation:
-            raise UserError("--validation: the teacher was trained on the validation classes, too")
-    test = load_dataset(name, root, split, unlabelled, classes)
+    trained = saved if name == saved.get("dataset") else {}  # how, on these very images
+    if options.validation and trained and not trained["validation"]:
+        raise UserError("--validation: the teacher was trained on the validation classes, too")
+    split = "val" if options.validation or trained.get("validation") else "test"
+    unlabelled = options.unlabelled or (not options.dataset and trained.get("unlabelled", False))
+    classes = trained.get("classes", {})
+    test = load_dataset(name, root or trained.get("root"), split, unlabelled, classes)
     note_changes(classes, test.training_classes)
     test, others = keep_readable(test, options.workers), None
     if test.labels is None:
-        others = keep_readable(load_dataset(name, root, "train", True), options.workers)
+        others = load_dataset(name, root or trained.get("root"), "train", unlabelled=True)
+        others = keep_readable(others, options.workers)
     return test, others
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ from asymres import (
     triplet_loss,
 )
 from data import (
+    HELP_FORMAT,
+    PRECISIONS,
     Progress,
     UserError,
     add_over_processes,
@@ -169,7 +170,6 @@ def mine(net, dataset, epoch, options):
     """
     rng = np.random.default_rng((options.seed, epoch))
     groups, candidates = draw_groups(dataset.labels, options.epoch_size, rng)
-    groups = groups[: len(groups) // process_count() * process_count()]
     anchors, pool = groups.flatten(), rng.permutation(candidates)[:POOL]
     used = np.unique(np.concatenate([anchors, pool]))
     embeddings = torch.zeros(len(dataset), net.dim)
@@ -193,7 +193,9 @@ def mine(net, dataset, epoch, options):
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
     rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
-    return rows.view(-1, GROUP, 1 + NEGATIVES)[process_rank() :: process_count()].flatten(0, 1)
+    rows = rows.view(len(groups), GROUP, 1 + NEGATIVES)
+    share = len(groups) // process_count()  # as many groups for each process
+    return rows[process_rank() :: process_count()][:share].flatten(0, 1)
 
 
 # ------------------------------------------------------------ what teacher and student runs share
@@ -222,18 +224,19 @@ class Run:
         self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
 
         self.path = Path(options.out, "model.pt")
-        saved = read_checkpoint(self.path) if self.path.exists() else {}
-        refuse_other_run(saved, options, teacher)
+        saved = read_checkpoint(self.path) if self.path.exists() else None
         if saved:
+            refuse_other_run(saved, options, teacher)
             net.load_state_dict(saved["state_dict"])
         net.to(self.device, memory_format=torch.channels_last)
-        for value in net.state_dict().values():
-            broadcast(value)  # all processes start alike
+        for tensor in net.state_dict().values():  # all processes start with process 0's weights
+            broadcast(tensor)
         self.optimizer = make_optimizer(net, options.lr)
-        self.first_epoch, self.log = 0, []
+        self.log = []  # an entry for each epoch that is done
         if saved:
-            self.first_epoch, self.log = saved["training"]["epochs"], saved["training"]["log"]
+            self.log = saved["training"]["log"]
             self.optimizer.load_state_dict(saved["training"]["optimizer"])
+        self.first_epoch = len(self.log)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             max_lr=options.lr,
@@ -318,13 +321,13 @@ MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "cla
 
 
 def refuse_other_run(saved, options, teacher):
-    """Raise UserError where a folder holds a run with other options, or of another teacher."""
+    """Raise UserError where a checkpoint is of a run with other options or of another teacher."""
     changed = [
         f"--{name.replace('_', '-')} {value}, now {getattr(options, name)}"
         for name, value in saved.get("options", {}).items()
         if name not in MAY_CHANGE and hasattr(options, name) and value != getattr(options, name)
     ]
-    if saved and saved.get("teacher") != teacher:
+    if saved.get("teacher") != teacher:
         changed.append("another --teacher")
     if changed:
         changed = "; ".join(changed)
@@ -334,7 +337,7 @@ def refuse_other_run(saved, options, teacher):
 def divide_batch(options, group):
     """(images of a micro-batch, micro-batches of a step) in each process; groups stay together.
 
-    The largest micro-batches that divide a step evenly: all are then of one size.
+    --micro-batch is an upper bound: the largest size that divides a step evenly is taken.
     """
     together = group * process_count()
     if options.batch_size % together:
@@ -384,34 +387,29 @@ def load_images(options):
 
 
 FLAG = {"action": "store_true", "default": None}  # None: the command line does not say
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
 
 
 def add_common_options(parser):
     """The options that train.py and distill.py share. (*): the default depends on the data set."""
     add = parser.add_argument
-    add(
-        "--dataset",
-        help="cub, cars, sop, synthetic, a folder (default: synthetic or the teacher's)",
-    )
-    add("--root", help="where the data set is (default: here, or where the teacher found it)")
     add("--out", help="folder of the run (default: a name in runs/)")
     add("--arch", help="network of torchvision, timm/NAME or resnet10 (*)")
-    add("--weights", help="to start from: imagenet, random, a file; of a student also: teacher (*)")
     add("--dim", type=not_negative, help="dimensions of an embedding; 0: without whitening (*)")
     add("--epochs", type=positive_int, help="epochs of the training (*)")
     add("--epoch-size", type=positive_int, default=8000, help="most images of an epoch (8000)")
-    add("--batch-size", type=positive_int, help="images (teacher: anchors) of a step (*)")
-    add("--micro-batch", type=positive_int, help="of these in the networks at once (*)")
+    add("--batch-size", type=positive_int, help="images of an optimizer step; teacher: anchors (*)")
+    add("--micro-batch", type=positive_int, help="most of these in the networks at once (*)")
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
     add("--min-scale", type=fraction, help="smallest share of an image's area in a crop (*)")
-    add("--validation", **FLAG, help="measure on half of the training classes")
+    add("--validation", **FLAG, help="train on half of the training classes, measure on the other")
     add("--seed", type=not_negative, default=1234, help="of all that is random (1234)")
     add("--workers", type=not_negative, help="processes that decode images (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
-        "--precision", choices=PRECISIONS, default="auto", help="of the backbone in training (auto)"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the backbone; auto: bfloat16 where a GPU has it (auto)",
     )
 
 
@@ -426,32 +424,39 @@ def describe_recipes(recipes):
 
 
 def parse_options(argv=None):
-    """The options. The command line counts before the data set's recipe."""
+    """The options; those that are not on the command line have the defaults of the data set."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=describe_recipes(RECIPES),
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
+    add = parser.add_argument
+    add("--dataset", help="cub, cars, sop, synthetic or a folder (default: synthetic)")
+    add("--root", help="folder that holds the data set (default: here)")
+    add("--size", type=positive_int, help="side of the images in px (*)")
+    add("--weights", help="to start from: imagenet, random or a file (*)")
+    add(
+        "--pooling",
+        choices=("gem", "gemmp", "mac", "spoc"),
+        default="gem",
+        help="of the feature map: GeM, with a p a channel, maximum or mean (gem)",
+    )
     add_common_options(parser)
-    parser.add_argument("--size", type=positive_int, help="side of the images in px (*)")
-    parser.add_argument("--pooling", default="gem", choices=("gem", "gemmp", "mac", "spoc"))
     options = parser.parse_args(argv)
     name, root = settle_dataset(options.dataset or "synthetic", options.root)
-    options = complete(options, RECIPES.get(name, RECIPES["folder"]))
+    fill_in(options, RECIPES.get(name, RECIPES["folder"]))
     options.dataset, options.root, options.unlabelled = name, root, False
+    options.classes = {}  # of a folder, those that train: see `load_images`
     options.out = run_folder(options, options.size)
     return options
 
 
-def complete(options, recipe, inherited=None):
-    """Options in which the command line counts before what is inherited, and that before a recipe.
-
-    classes, which is no option, is for `load_images`.
-    """
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    merged = {"classes": {}} | vars(options) | recipe | (inherited or {}) | given
-    return argparse.Namespace(**merged)
+def fill_in(options, defaults):
+    """Give the options about which the command line is silent their defaults, a dict."""
+    for name, value in defaults.items():
+        if getattr(options, name, None) is None:
+            setattr(options, name, value)
 
 
 def run_folder(options, sizes):
