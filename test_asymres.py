@@ -1,9 +1,11 @@
 """What holds, shown on small cases: python -m pytest. No data, no network, no GPU.
 
-Chapters: losses; metrics; network and checkpoints; images; views and loader; data sets; training,
-resume and processes; command line and mistakes; README.
+Chapters: losses; metrics; table and picture; network and checkpoints; images; views and loader;
+data sets; training, resume and processes; command line and mistakes; README.
 """
 
+import argparse
+import contextlib
 import doctest
 import io
 import itertools
@@ -343,6 +345,69 @@ def test_agreement_by_hand():
     assert measured["cosine"] == pytest.approx((1 + 0.6 + 1) / 3)
 
 
+# ----------------------------------------------------------------------------- table and picture
+
+
+def test_the_rows_of_the_table(photographs):
+    """Queries and database are embedded by the networks and at the sizes that a row names."""
+    dataset = ImageDataset(load_dataset(str(photographs)).paths, labels=[i % 9 for i in range(36)])
+    teacher, labelled, student = small_net(), small_net(), small_net()
+    teacher.size, labelled.size, student.size = 48, 32, 24
+    rows = evaluate.compare(teacher, [student], dataset, [labelled], ks=(1, 2), device="cpu")
+    expected = {  # network and size of the queries, and of the database
+        "teacher, symmetric": (teacher, 48, teacher, 48),
+        "no distillation": (teacher, 24, teacher, 48),
+        "labels, symmetric": (labelled, 32, labelled, 32),
+        "student, asymmetric": (student, 24, teacher, 48),
+        "student, symmetric": (student, 24, student, 24),
+    }
+    assert [row[""] for row in rows] == list(expected)
+    assert len({row["mAP"] for row in rows}) == 5, "five searches that can be told apart"
+    for row, (net, size, database_net, database_size) in zip(rows, expected.values(), strict=True):
+        queries, database = (
+            extract(net, dataset, size),
+            extract(database_net, dataset, database_size),
+        )
+        metrics = retrieval_metrics(queries, database, dataset.labels, dataset.labels, (1, 2))
+        assert (row["query px"], row["database px"]) == (size, database_size)
+        for name in ("R@1", "R@2", "mAP"):
+            assert row[name] == pytest.approx(100 * metrics[name]), row[""]
+
+
+def test_the_cost_of_a_query():
+    """A 1 x 1 convolution from 3 to 7 channels at 16 x 16 positions, and GeM without whitening."""
+    net = small_net(backbone=nn.Conv2d(3, 7, 1), dim=0)
+    gflops, ms = evaluate.query_cost(net, 16, torch.device("cpu"), "float32")
+    assert gflops == pytest.approx(2 * 3 * 7 * 16 * 16 / 1e9) and 0 < ms < 1000
+
+
+def test_the_picture_shows_what_is_found(monkeypatch, tmp_path):
+    """Never the query itself; a frame is green around an answer of the query's class."""
+    dataset = ImageDataset(images=noise(4, 8, 8, 3), labels=[0, 0, 1, 1])
+    angles = torch.tensor([0, 20, 90, 50]).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+    nearest = {0: [1, 3, 2], 1: [0, 3, 2], 2: [3, 1, 0], 3: [1, 2, 0]}  # best first
+    drawn, draw = [], evaluate.draw_answers
+
+    def noted(path, title, rows):
+        drawn.extend(rows)
+        draw(path, title, rows, cell=40)
+
+    monkeypatch.setattr(evaluate, "draw_answers", noted)
+    evaluate.draw_queries(tmp_path / "f.png", dataset, {"x": embeddings}, embeddings, 8, 8, 4)
+    crops = [pixels_of(data.evaluation_crop(dataset[i], 8)) for i in range(4)]
+    picture, seen = Image.open(tmp_path / "f.png").convert("RGB"), []
+    for row, (query, [(_, answers)]) in enumerate(drawn):
+        i = crops.index(pixels_of(query))
+        seen.append(i)
+        assert [crops.index(pixels_of(image)) for image, _ in answers] == nearest[i]
+        for place, j in enumerate(nearest[i]):
+            assert answers[place][1] == (dataset.labels[i] == dataset.labels[j])
+            red, green, _ = picture.getpixel((300 + 60 * place + 2, 50 + 80 * row + 2))
+            assert (green > red) == (dataset.labels[i] == dataset.labels[j])
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
 # ----------------------------------------------------------------------- network and checkpoints
 
 
@@ -417,22 +482,17 @@ def test_a_backbone_of_ones_own(tmp_path):
     assert_close(load_checkpoint(tmp_path / "net.pt", again)(images), net(images))
 
 
-def test_the_whitening_layer_is_called():
-    """So that hooks, adapters and quantised layers in its place take part."""
-    net, images = EmbeddingNet("resnet10", dim=8, pretrained=False).eval(), torch.rand(2, 3, 32, 32)
-    before = net(images)
-    net.whiten.register_forward_hook(lambda layer, inputs, output: -output)
-    assert_close(net(images), -before)
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_batch_norm_statistics_stand_still_in_pretrained_networks(frozen, tmp_path):
-    save_checkpoint(tmp_path / "net.pt", small_net())
-    net = small_net(pretrained=tmp_path / "net.pt" if frozen else False)
-    before = net.backbone[1].running_mean.clone()
-    net.train()(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert torch.equal(net.backbone[1].running_mean, before) == frozen
-    assert net.backbone[1].weight.grad is not None and net.training
+    """And when such a network comes from its checkpoint."""
+    save_checkpoint(tmp_path / "weights.pt", small_net())
+    net = small_net(pretrained=tmp_path / "weights.pt" if frozen else False)
+    save_checkpoint(tmp_path / "net.pt", net)
+    for trained in (net, load_checkpoint(tmp_path / "net.pt")):
+        before = trained.backbone[1].running_mean.clone()
+        trained.train()(torch.randn(4, 3, 32, 32)).sum().backward()
+        assert torch.equal(trained.backbone[1].running_mean, before) == frozen
+        assert trained.backbone[1].weight.grad is not None and trained.training
 
 
 def test_timm_networks_get_their_own_normalisation(tmp_path, monkeypatch):
@@ -1143,8 +1203,15 @@ def log_of(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_images_of_an_epoch_of_mining(folder, tmp_path):
+def test_the_images_of_an_epoch_of_mining(folder, tmp_path, monkeypatch):
     """Groups of 4 of a class, equally many of each; negatives of other classes, each once."""
+    seeds, draw = set(), train.draw_negatives
+
+    def noted(*others):
+        seeds.add(others[-1].initial_seed())
+        return draw(*others)
+
+    monkeypatch.setattr(train, "draw_negatives", noted)
     labels = np.array([0] * 9 + [1] * 5 + [2] * 3 + [3] * 9 + [4])  # 2 and 4 are too small
     dataset = ImageDataset(images=noise(len(labels), 32, 32, 3), labels=labels.tolist())
     words = f"--dataset {folder} --out {tmp_path} --size 32 {SMALL} --epoch-size 10"
@@ -1153,7 +1220,7 @@ def test_the_images_of_an_epoch_of_mining(folder, tmp_path):
     assert set(torch.cat(epochs).flatten().tolist()) == {
         i for i, label in enumerate(labels) if label not in (2, 4)
     }
-    assert len({tuple(rows.flatten().tolist()) for rows in epochs}) == 12, "drawn anew"
+    assert len({tuple(rows.flatten().tolist()) for rows in epochs}) == 12 == len(seeds), "anew"
     for rows in epochs:
         assert rows.shape == (8, 1 + 4), "whole groups, at most 10 anchors"
         classes = labels[rows]
@@ -1165,10 +1232,103 @@ def test_the_images_of_an_epoch_of_mining(folder, tmp_path):
         train.draw_groups([0] * 9 + [1] * 3, 100, np.random.default_rng(0))
 
 
-def test_positives_are_the_others_of_the_group():
-    anchors = torch.arange(8.0)[:, None]
-    positives = train.others_of_group(anchors)[..., 0].tolist()
-    assert positives[:2] == [[1, 2, 3], [0, 2, 3]] and positives[5] == [4, 6, 7]
+class Steps:
+    """A run that only counts its steps, of 2 micro-batches."""
+
+    micro_batch, accumulate, steps, device = 4, 2, 0, torch.device("cpu")
+    autocast = staticmethod(contextlib.nullcontext)
+
+    def step(self):
+        self.steps += 1
+
+
+class Grey(nn.Module):
+    """Embeds an image as its mean grey level, a number."""
+
+    dim = 1
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return self.scale * images.mean((-3, -2, -1))[..., None]
+
+
+def test_the_teachers_loop(monkeypatch):
+    """The loss compares anchors with the others of their groups and with their mined negatives."""
+    levels = torch.arange(24, dtype=torch.uint8)
+    images = levels[:, None, None, None].expand(-1, 9, 9, 3).numpy()
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 24, (12, 1 + train.NEGATIVES)))
+    seen, loss = [], train.triplet_loss
+
+    def noted(anchors, positives, negatives, margin):
+        seen.append((anchors, positives, negatives))
+        assert margin == 0.7
+        return loss(anchors, positives, negatives, margin)
+
+    monkeypatch.setattr(train, "triplet_loss", noted)
+    monkeypatch.setattr(data, "normalize", lambda x: x)
+    options = train.parse_options(["--size", "8"])
+    run, dataset = Steps(), ImageDataset(images=images)
+    total = train.train_one_epoch(Grey(), dataset, rows, 0, run, options)
+    anchors, positives, negatives = (255 * torch.cat(x)[..., 0] for x in zip(*seen, strict=True))
+    assert_close(anchors, rows[:, 0].float())
+    assert_close(negatives, rows[:, 1:].float())
+    assert_close(positives[5], rows[[4, 6, 7], 0].float())
+    assert_close(positives[8], rows[[9, 10, 11], 0].float())
+    assert total == pytest.approx(sum(loss(*x, 0.7).item() for x in seen)) and run.steps == 2
+
+
+def test_the_students_loop():
+    """The teacher sees large views and the student small ones; each term has its own weight."""
+    teacher, student = small_net().requires_grad_(False), small_net()
+    batches = [(torch.randn(2, 3, 3, 24, 24), torch.randn(2, 3, 3, 48, 48)) for _ in range(3)]
+    student.frozen_batchnorm = True  # what comes of a view does not depend on the others
+    expected = sum(
+        asymres.absolute_term(s, t) + 3 * asymres.ts_term(s, t) + 50 * asymres.ss_term(s, t)
+        for s, t in ((student(small), teacher(large)) for small, large in batches)
+    )
+    run, options = Steps(), argparse.Namespace(lambda_ts=3, lambda_ss=50)
+    total = distill.distill_one_epoch(teacher, student, batches, run, options)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert run.steps == 2, "of 2 and of 1 micro-batches"
+
+
+@pytest.mark.parametrize("mixup", [True, False])
+def test_the_options_of_the_views(mixup, teacher, tmp_path, monkeypatch):
+    """They reach the loader, which is told each epoch."""
+    given, epochs, make = {}, [], distill.distillation_loader
+
+    def noted(dataset, student_size, teacher_size, **others):
+        given.update(others, student_size=student_size, teacher_size=teacher_size)
+        loader = make(dataset, student_size, teacher_size, **others)
+        monkeypatch.setattr(loader.sampler, "set_epoch", epochs.append)
+        return loader
+
+    monkeypatch.setattr(distill, "distillation_loader", noted)
+    more = "--views 3 --min-scale 0.3 --epochs 3 --epoch-size 7 --seed 5 --teacher-size 40"
+    distil_student(teacher, tmp_path, more + " --no-mixup" * (not mixup))
+    expected = {"views": 3, "min_scale": 0.3, "epoch_size": 7, "seed": 5, "batch_size": 4}
+    expected |= {"mixup": mixup, "student_size": 32, "teacher_size": 40, "workers": 0}
+    assert given == expected | {"device": torch.device("cpu")} and epochs == [0, 1, 2]
+
+
+def test_the_papers_settings():
+    """What is published, and what the paper says (SOP's epoch is capped at 8,000 images)."""
+    published = {
+        "cub": (1.4025e-4, 0.7718, 0.6684),
+        "cars": (1.1692e-4, 0.6371, 0.7731),
+        "sop": (1.7579e-4, 0.7482, 0.6778),
+    }
+    for name, values in published.items():
+        recipe = distill.RECIPES[name]
+        assert tuple(recipe[option] for option in ("lr", "lambda_ts", "lambda_ss")) == values
+        same = dict(teacher_size=448, student_size=224, arch="resnet50", weights="imagenet")
+        same |= dict(dim=512, epochs=200, batch_size=200, views=8)
+        assert same.items() <= recipe.items()
+        assert train.RECIPES[name]["size"] == 448 and train.RECIPES[name]["epochs"] == 200
+    assert (train.MARGIN, train.NEGATIVES, train.POOL) == (0.7, 4, 20_000)
 
 
 def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeypatch):
@@ -1364,6 +1524,7 @@ def test_two_processes(folder, teacher, tmp_path):
                 assert torch.equal(second[name]["state"][key], value), key
     assert 2 * first["student"]["passes"] == 2 * 18 * 2, "epochs, images, views"
     assert sorted(first["images"] + second["images"]) == list(range(18)), "each to one of them"
+    assert (first["averaged"] == 0.5).all() and torch.equal(first["averaged"], second["averaged"])
     assert torch.equal(first["embeddings"], second["embeddings"])
     alone = extract(load_checkpoint(teacher), load_dataset(str(folder)), 48)
     assert_close(first["embeddings"], alone)
@@ -1397,6 +1558,10 @@ for name in ("teacher", "student"):
     else:
         net, _ = tests.distil_student(teacher, "student")
     result[name] = {"passes": passes[0], "state": net.state_dict()}
+net = tests.small_net()
+net.backbone[1].running_mean.fill_(process_rank())
+tests.train.average_statistics(net)
+result["averaged"] = net.backbone[1].running_mean
 result["images"] = list(tests.data.EpochSampler(18))
 result["embeddings"] = tests.extract(
     tests.load_checkpoint(teacher), tests.load_dataset(folder), 48, batch_size=4
@@ -1698,8 +1863,8 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
     code, said, _ = run(f"{teacher} {small} --size 48 --out runs/cub-448-seed1234")
     assert code == 0 and "teacher, symmetric" in said
-    options, _ = distill.parse_options(student.split()[1:])
-    assert options.out == "runs/cub-448to224-seed1234" or options.teacher_size == 48
+    options, _ = distill.parse_options(student.split()[1:] + ["--teacher-size", "448"])
+    assert options.out == "runs/cub-448to224-seed1234"
     out = "--out runs/cub-448to224-seed1234"
     code, said, _ = run(f"{student} {small} --views 2 --student-size 32 {out}")
     assert code == 0 and "student, asymmetric" in said
