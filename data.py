@@ -236,12 +236,17 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
 
 
 def settle_dataset(name, root):
-    """(name, root) as checkpoints keep them: known names in lower case, absolute paths."""
+    """(name, root) as checkpoints keep them: known names in lower case, absolute paths.
+
+    A folder may be named below `root`. One that is not there has moved to `root`.
+    """
     if name.lower() in (*COUNTS, "synthetic"):
-        name = name.lower()
-    else:
-        name = absolute(name)
-    return name, root and absolute(root)
+        return name.lower(), root and absolute(root)
+    if root and os.path.isdir(name):
+        raise UserError(f"--dataset {name} is a folder itself: leave --root {root} away")
+    if root and os.path.isdir(os.path.join(root, name)):
+        return absolute(os.path.join(root, name)), None
+    return absolute(name), root and absolute(root)
 
 
 def absolute(path):
@@ -360,77 +365,92 @@ def read_cars(root):
                 yield f"car_data/car_data/{part}/{folders[int(label) - 1]}/{file}", label
 
 
+def load_readable(name, root, split, unlabelled=False, training_classes=None, workers=0):
+    """`load_dataset`, and of a folder only the images that can be read."""
+    dataset = load_dataset(name, root, split, unlabelled, training_classes)
+    if name in COUNTS or name == "synthetic":
+        return dataset
+    return keep_readable(dataset, workers)
+
+
 def keep_readable(dataset, workers=0):
     """The data set without the images that cannot be read, which are named once and counted.
 
     Raises UserError where fewer than nine of ten can be read.
     """
-    if dataset.images is not None:
-        return dataset
-    own = range(process_rank(), len(dataset), process_count())  # each process checks its share
     checks = DataLoader(
-        Readable(dataset),
-        sampler=own,
+        InWorkers(dataset, find_mistake),
         batch_size=64,
         num_workers=workers,
         worker_init_fn=ignore_ctrl_c,
     )
-    errors = [error for batch in checks for error in batch]
-    unreadable = {i: error for i, error in zip(own, errors, strict=True) if error}
-    for others in gather(unreadable):
-        unreadable.update(others)
-    rows = [i for i in range(len(dataset)) if i not in unreadable]
-    say(*list(unreadable.values())[:1000])
+    mistakes = [mistake for batch in checks for mistake in batch]
+    rows = [i for i, mistake in enumerate(mistakes) if not mistake]
+    unreadable = [mistake for mistake in mistakes if mistake]
     if unreadable:
+        say(*unreadable[:1000])
         say(f"{len(unreadable)} of {len(dataset)} images cannot be read and are left out")
     if len(rows) < 0.9 * len(dataset):
         raise UserError(f"only {len(rows)} of {len(dataset)} images can be read")
-    return dataset.subset(rows) if unreadable else dataset
+    return dataset.subset(rows)
 
 
-class Readable(Dataset):
-    """What is wrong with an image, or "": decoded as small as its format can."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        try:
-            self.dataset.read(i, max_pixels=1)
-        except UserError as error:
-            return str(error)
-        return ""
+def find_mistake(dataset, i):
+    """What is wrong with image i, or "": it is decoded as small as its format can."""
+    try:
+        dataset.read(i, max_pixels=1)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # ------------------------------------------------------------ decoding, in the worker processes
 
 
-class DecodedImages(Dataset):
-    """Image i of a data set as uint8 (3, H, W), shrunk to max_pixels."""
+class InWorkers(Dataset):
+    """function(images, i) for each image i of a data set: what worker processes do."""
 
-    def __init__(self, dataset, max_pixels=None):
-        self.dataset, self.max_pixels = dataset, max_pixels
+    def __init__(self, images, function):
+        self.images, self.function = images, function
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.images)
 
     def __getitem__(self, i):
-        if isinstance(self.dataset, ImageDataset):
-            return TF.pil_to_tensor(self.dataset.read(i, self.max_pixels))
-        return TF.pil_to_tensor(to_rgb(self.dataset[i]))
+        return self.function(self.images, i)
+
+
+def decode(images, i, max_pixels):
+    """Image i as uint8 (3, H, W), shrunk to max_pixels if it is an ImageDataset's."""
+    if isinstance(images, ImageDataset):
+        return TF.pil_to_tensor(images.read(i, max_pixels))
+    return TF.pil_to_tensor(to_rgb(images[i]))
+
+
+def decode_evaluation_crop(images, i, size):
+    """The evaluation crop of image i, uint8 (3, size, size)."""
+    return TF.pil_to_tensor(evaluation_crop(to_rgb(images[i]), size))
 
 
 def decoding_loader(dataset, batches, max_pixels, workers, device):
     """A DataLoader that decodes images by lists of indices; `to_images` unpacks what it gives."""
     return DataLoader(
-        DecodedImages(dataset, max_pixels),
+        InWorkers(dataset, partial(decode, max_pixels=max_pixels)),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=pack_images,
         pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=ignore_ctrl_c,
+    )
+
+
+def evaluation_loader(dataset, size, batches, workers, device):
+    """A DataLoader of evaluation crops, uint8 (b, 3, size, size), by lists of b indices."""
+    return DataLoader(
+        InWorkers(dataset, partial(decode_evaluation_crop, size=size)),
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=ignore_ctrl_c,
     )
 
@@ -520,42 +540,37 @@ def distillation_loader(
     sampler = EpochSampler(len(dataset), epoch_size, seed)
     batches = BatchSampler(sampler, batch_size, drop_last=False)
     max_pixels = most_pixels_needed(max(student_size, teacher_size), min_scale)
-    loader = decoding_loader(dataset, batches, max_pixels, workers, device)
-    return CoupledViews(
-        loader, sampler, student_size, teacher_size, views, mixup, min_scale, device
-    )
+    decoded = decoding_loader(dataset, batches, max_pixels, workers, device)
+
+    def make_views(images, pool, rng):
+        draws = sample_views(images, pool, views, min_scale, mixup, rng)
+        small = render_views(images, draws, student_size)
+        large = render_views(images, draws, teacher_size)
+        return small, large
+
+    return DistillationLoader(decoded, sampler, make_views, device)
 
 
-class CoupledViews:
-    """The batches of `distillation_loader`."""
+class DistillationLoader:
+    """The batches of `distillation_loader`: decoded images, and of each batch its views."""
 
-    def __init__(
-        self, loader, sampler, student_size, teacher_size, views, mixup, min_scale, device
-    ):
-        self.loader, self.sampler, self.device = loader, sampler, device
-        self.student_size, self.teacher_size = student_size, teacher_size
-        self.views, self.mixup, self.min_scale = views, mixup, min_scale
+    def __init__(self, decoded, sampler, make_views, device):
+        self.decoded, self.sampler = decoded, sampler
+        self.make_views, self.device = make_views, device
 
     def set_epoch(self, epoch):
         self.sampler.set_epoch(epoch)
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.decoded)
 
     def __iter__(self):
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []
-        for packed in self.loader:
+        for packed in self.decoded:
             images = to_images(packed, self.device)
             pool = (pool + images)[-POOL_SIZE:]
-            yield self.render(images, pool, rng)
-
-    def render(self, images, pool, rng):
-        """Views of a batch of images at student's and teacher's size, from the same draws."""
-        draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
-        small = render_views(images, draws, self.student_size)
-        large = render_views(images, draws, self.teacher_size)
-        return small, large
+            yield self.make_views(images, pool, rng)
 
 
 class Draws(NamedTuple):
@@ -855,11 +870,14 @@ def start_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
-def add_over_processes(*tensors):
-    """Add tensors up over all processes, in place."""
+def add_over_processes(tensors):
+    """Add tensors of one kind up over all processes, in place and in one message."""
     if process_count() > 1:
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def broadcast(tensor):
@@ -867,14 +885,6 @@ def broadcast(tensor):
     if process_count() > 1:
         distributed.broadcast(tensor, src=0)
     return tensor
-
-
-def gather(value):
-    """A list of each process's value, of plain Python."""
-    values = [value] * process_count()
-    if process_count() > 1:
-        distributed.all_gather_object(values, value)
-    return values
 
 
 def find_device(name=None):
@@ -1000,14 +1010,19 @@ def run_program(main, mistakes=()):
         start_processes()
         main()
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory: smaller --micro-batch, or --device cpu", file=sys.stderr)
+        print(
+            "error: out of GPU memory: close other programs or take --device cpu; in training, "
+            "a smaller --micro-batch",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except (UserError, OSError, *mistakes) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "\nstopped; training goes on after its last whole epoch: same command", file=sys.stderr
+            "\nstopped; a training goes on after its last whole epoch, by the same command",
+            file=sys.stderr,
         )
         sys.exit(130)
     finally:

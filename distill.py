@@ -23,6 +23,7 @@ from data import (
     UserError,
     default_workers,
     distillation_loader,
+    evaluation_loader,
     find_device,
     has_images_directly,
     normalize,
@@ -33,13 +34,7 @@ from data import (
     say,
     settle_dataset,
 )
-from evaluate import (
-    compare,
-    compare_unlabelled,
-    evaluation_loader,
-    extract,
-    load_network,
-)
+from evaluate import compare, compare_unlabelled, extract, load_network
 
 # What differs by data set; "folder" is any other. The values for CUB, Cars and SOP are the paper's.
 CUB = dict(
@@ -127,7 +122,7 @@ def distill_one_epoch(teacher, student, loader, run, options):
         loss.backward()
         total += loss.detach()
         if i % run.accumulate == 0 or i == len(loader):
-            run.step()
+            run.step(total)
     return total
 
 
@@ -158,7 +153,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
             loss.backward()
             total += loss.detach()
             if i % run.accumulate == 0 or i == len(batches):
-                run.step()
+                run.step(total)
         run.end_epoch(total)
     return student.eval()
 
@@ -249,12 +244,8 @@ def finish(teacher, student, training, test, options, supervised=()):
 # --------------------------------------------------------------------------- options, the program
 
 
-def parse_options(argv=None, teacher=None):
-    """(options, the teacher: the network that they name, or the given one, or None).
-
-    The command line counts before what the teacher's checkpoint says of its training, and that
-    before the data set's recipe.
-    """
+def parse_options(argv=None):
+    """The options as they are on the command line, None where it is silent."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=train.describe_recipes(RECIPES),
@@ -278,23 +269,26 @@ def parse_options(argv=None, teacher=None):
     add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=float, help="weight of the student-student term (*)")
     train.add_common_options(parser)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    trained = {}  # the options of the teacher's training
-    if options.teacher:
-        teacher, content = load_network(options.teacher)
-        trained = content.get("options", {})
+
+def complete_options(options, teacher=None, trained=None):
+    """Fill in what the command line leaves open: by the teacher, then by the data set's recipe.
+
+    teacher   the network, or None where the options name none
+    trained   the options of its training, where they are known
+    """
     if teacher is not None:
-        train.fill_in(options, options_of_teacher(teacher, trained, options))
+        train.fill_in(options, options_of_teacher(teacher, trained or {}, options))
     settle_images(options)
+    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
     if teacher is None and options.unlabelled:
-        train.fill_in(options, {"dim": 0})  # an ImageNet network as it comes is the teacher
+        recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
     elif teacher is None and options.dataset != "synthetic":
         raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
-    train.fill_in(options, RECIPES.get(options.dataset, RECIPES["folder"]))
+    train.fill_in(options, recipe)
     train.fill_in(options, {"classes": {}})  # of a folder, those that train: see `load_images`
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
-    return options, teacher
 
 
 def settle_images(options):
@@ -338,7 +332,9 @@ def imagenet_teacher(options):
 
 
 def main():
-    options, teacher = parse_options()
+    options = parse_options()
+    teacher, content = load_network(options.teacher) if options.teacher else (None, {})
+    complete_options(options, teacher, content.get("options"))
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)

@@ -16,9 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2 import functional as TF
 
 from asymres import (
     NetworkError,
@@ -37,11 +35,11 @@ from data import (
     autocast,
     default_workers,
     evaluation_crop,
+    evaluation_loader,
     find_device,
-    ignore_ctrl_c,
     keep_readable,
     list_images,
-    load_dataset,
+    load_readable,
     normalize,
     not_negative,
     note_changes,
@@ -52,7 +50,6 @@ from data import (
     run_program,
     say,
     settle_dataset,
-    to_rgb,
 )
 
 # --------------------------------------------------------------------------------- the evaluator
@@ -229,30 +226,6 @@ def as_labels(labels, embeddings):
 # ------------------------------------------------------------------------------------- embedding
 
 
-class EvaluationCrops(Dataset):
-    """The evaluation crop of image i of a data set, uint8 (3, size, size)."""
-
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        return TF.pil_to_tensor(evaluation_crop(to_rgb(self.dataset[i]), self.size))
-
-
-def evaluation_loader(dataset, size, batches, workers, device):
-    """A DataLoader of evaluation crops, uint8 (b, 3, size, size), by lists of b indices."""
-    return DataLoader(
-        EvaluationCrops(dataset, size),
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_ctrl_c,
-    )
-
-
 @torch.no_grad()
 def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32"):
     """Embeddings (N, D), float32, on the CPU, of a data set's evaluation crops of `size` px.
@@ -272,7 +245,7 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
         with autocast(device, precision):
             embeddings[rows] = net(images).cpu()
         progress.advance(1 / len(batches))
-    add_over_processes(embeddings)  # the rows of others are 0 here
+    add_over_processes([embeddings])  # the rows of others are 0 here
     return embeddings
 
 
@@ -506,16 +479,16 @@ def build_index(teacher, folder, path, device=None, workers=0, precision="float3
     say(f"{len(dataset)} images in {path}, {skipped} that cannot be read left out")
 
 
-def search(student, taught_by, index, images, top=5, figure=None, device=None):
+def search(student, about, index, images, top=5, figure=None, device=None):
     """Print the `top` nearest images of an index to each query image (paths), and draw them.
 
-    taught_by: fingerprint of the student's teacher, whose index it searches.
+    about: the other entries of the student's checkpoint, which name its teacher.
     """
     content = read_checkpoint(index)
     entries = {"embeddings", "paths", "folder", "network"}
     if not isinstance(content, dict) or not entries <= set(content):
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
-    check_same_teacher(index, content["network"], student, taught_by)
+    check_same_teacher(index, content["network"], student, about)
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
         raise UserError(f"{index} has {embeddings.shape[1]} dimensions, the student {student.dim}")
@@ -541,12 +514,13 @@ def search(student, taught_by, index, images, top=5, figure=None, device=None):
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
 
-def check_same_teacher(name, database_network, student, taught_by):
+def check_same_teacher(name, database_network, student, about):
     """Raise UserError unless a database is of the network that taught the student, or its own.
 
-    database_network, taught_by: fingerprints; the authors' students do not name their teacher.
+    database_network: a fingerprint. about: see `search`; the authors' checkpoints do not say.
     """
-    if taught_by and database_network not in (taught_by, fingerprint(student)):
+    own, teacher = fingerprint(student), about.get("teacher")
+    if "options" in about and database_network not in (own, teacher):
         raise UserError(f"{name} is of another network than the teacher of this student")
 
 
@@ -627,12 +601,9 @@ def command_search(options):
     if len(options.student) != 1 or not options.index:
         raise UserError("--query needs one --student and an --index FILE")
     student, about = load_network(options.student[0])
-    taught_by = about.get("teacher")  # the authors' checkpoints do not say
-    if "options" in about and not taught_by:  # trained with labels: it searches its own index
-        taught_by = fingerprint(student)
     search(
         student,
-        taught_by,
+        about,
         options.index,
         options.query,
         options.top,
@@ -685,7 +656,7 @@ def command_table(options):
 def load_student(path, teacher):
     """The student of a checkpoint. Raises UserError where it is not of this teacher."""
     student, about = load_network(path)
-    check_same_teacher(path, fingerprint(teacher), student, about.get("teacher"))
+    check_same_teacher(path, fingerprint(teacher), student, about)
     if student.dim != teacher.dim:
         raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
     taught_at = about.get("options", {}).get("teacher_size", teacher.size)
@@ -709,13 +680,13 @@ def load_test_images(options, saved):
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"
     unlabelled = options.unlabelled or (not options.dataset and trained.get("unlabelled", False))
-    classes = trained.get("classes", {})
-    test = load_dataset(name, root or trained.get("root"), split, unlabelled, classes)
+    classes, workers = trained.get("classes", {}), options.workers
+    root = root or trained.get("root")
+    test = load_readable(name, root, split, unlabelled, classes, workers)
     note_changes(classes, test.training_classes)
-    test, others = keep_readable(test, options.workers), None
+    others = None
     if test.labels is None:
-        others = load_dataset(name, root or trained.get("root"), "train", unlabelled=True)
-        others = keep_readable(others, options.workers)
+        others = load_readable(name, root, "train", unlabelled=True, workers=workers)
     return test, others
 
 

@@ -35,8 +35,7 @@ from data import (
     default_workers,
     find_device,
     fraction,
-    keep_readable,
-    load_dataset,
+    load_readable,
     not_negative,
     note_changes,
     positive_float,
@@ -102,9 +101,8 @@ def train(dataset, options, net=None, progress=None):
         )
     net = net or new_network(options, options.pooling, options.size)
     net.size = options.size
-    # All epochs have equally many groups as this one, which is drawn only to count them.
-    groups, _ = draw_groups(dataset.labels, options.epoch_size, np.random.default_rng(0))
-    anchors = GROUP * (len(groups) // process_count())
+    groups = count_groups(usable_classes(dataset.labels), options.epoch_size)
+    anchors = GROUP * (groups // process_count())  # of an epoch, in this process
     run = Run(net, options, anchors, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
@@ -134,7 +132,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         loss.backward()
         total += loss.detach()
         if i % run.accumulate == 0 or i == len(batches):
-            run.step()
+            run.step(total)
     return total
 
 
@@ -144,12 +142,8 @@ def others_of_group(anchors):
     return anchors.unflatten(0, (-1, GROUP))[:, others].flatten(0, 1)
 
 
-def draw_groups(labels, epoch_size, rng):
-    """An epoch's anchors (G, 4), groups of a class in random order, and all images of such classes.
-
-    Classes of fewer than 4 images take no part. All others have the same number of images in an
-    epoch, of which the first epoch_size are taken. rng: numpy's Generator.
-    """
+def usable_classes(labels):
+    """The images (indices) of each class that has a group of 4. Raises UserError below 2 such."""
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     classes = [images for images in classes if len(images) >= GROUP]
@@ -157,10 +151,21 @@ def draw_groups(labels, epoch_size, rng):
         raise UserError(
             f"{len(classes)} training classes have 4 images: triplets need two such ones"
         )
-    count = min(map(len, classes)) // GROUP * GROUP
-    groups = [rng.permutation(images)[:count].reshape(-1, GROUP) for images in classes]
+    return classes
+
+
+def count_groups(classes, epoch_size):
+    """How many groups of anchors an epoch has: of each class as many as the smallest one has."""
+    smallest = min(map(len, classes))
+    return max(1, min(len(classes) * (smallest // GROUP), epoch_size // GROUP))
+
+
+def draw_groups(classes, epoch_size, rng):
+    """An epoch's anchors (G, 4), groups of a class, in random order. rng: numpy's Generator."""
+    anchors = min(map(len, classes)) // GROUP * GROUP  # of a class
+    groups = [rng.permutation(images)[:anchors].reshape(-1, GROUP) for images in classes]
     groups = rng.permutation(np.concatenate(groups))
-    return groups[: max(1, epoch_size // GROUP)], np.concatenate(classes)
+    return groups[: count_groups(classes, epoch_size)]
 
 
 def mine(net, dataset, epoch, options):
@@ -169,8 +174,9 @@ def mine(net, dataset, epoch, options):
     Negatives come from a random pool of the training images, as the network embeds them now.
     """
     rng = np.random.default_rng((options.seed, epoch))
-    groups, candidates = draw_groups(dataset.labels, options.epoch_size, rng)
-    anchors, pool = groups.flatten(), rng.permutation(candidates)[:POOL]
+    classes = usable_classes(dataset.labels)
+    groups = draw_groups(classes, options.epoch_size, rng)  # (G, 4)
+    anchors, pool = groups.flatten(), rng.permutation(np.concatenate(classes))[:POOL]
     used = np.unique(np.concatenate([anchors, pool]))
     embeddings = torch.zeros(len(dataset), net.dim)
     embeddings[used] = extract(
@@ -218,24 +224,18 @@ class Run:
     def __init__(self, net, options, images, group=1, teacher=None, progress=None):
         if not images:
             raise UserError("an epoch has fewer images than there are processes")
-        self.net, self.options, self.images, self.teacher = net, options, images, teacher
+        self.options, self.images, self.teacher = options, images, teacher
         self.device = find_device(options.device)
+        self.net = net.to(self.device, memory_format=torch.channels_last)
         self.micro_batch, self.accumulate = divide_batch(options, group)
         self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
-
-        self.path = Path(options.out, "model.pt")
-        saved = read_checkpoint(self.path) if self.path.exists() else None
-        if saved:
-            refuse_other_run(saved, options, teacher)
-            net.load_state_dict(saved["state_dict"])
-        net.to(self.device, memory_format=torch.channels_last)
-        for tensor in net.state_dict().values():  # all processes start with process 0's weights
-            broadcast(tensor)
         self.optimizer = make_optimizer(net, options.lr)
         self.log = []  # an entry for each epoch that is done
-        if saved:
-            self.log = saved["training"]["log"]
-            self.optimizer.load_state_dict(saved["training"]["optimizer"])
+        self.path = Path(options.out, "model.pt")
+        if self.path.exists():
+            self.resume()
+        for tensor in net.state_dict().values():  # all processes start with process 0's weights
+            broadcast(tensor)
         self.first_epoch = len(self.log)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -244,10 +244,18 @@ class Run:
             div_factor=DIV_FACTOR,  # it also moves AdamW's beta1, from 0.95 to 0.85 and back
             last_epoch=self.first_epoch * self.steps - 1,
         )
-        Path(options.out).mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.progress = progress or Progress(options.out)
         self.progress.skip(self.first_epoch / options.epochs)
         self.begin_epoch()
+
+    def resume(self):
+        """Go on after the last whole epoch of the run in this folder."""
+        saved = read_checkpoint(self.path)
+        refuse_other_run(saved, self.options, self.teacher)
+        self.net.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["training"]["optimizer"])
+        self.log = saved["training"]["log"]
 
     def begin_epoch(self):
         torch.manual_seed(self.options.seed + len(self.log))  # of dropout, also after a resume
@@ -257,19 +265,25 @@ class Run:
         """The context of the forward passes."""
         return autocast(self.device, self.options.precision)
 
-    def step(self):
-        """One step of optimizer and schedule, with the gradients of all processes added up."""
-        add_over_processes(*(p.grad for p in self.net.parameters() if p.grad is not None))
+    def step(self, loss):
+        """One step of optimizer and schedule, with the gradients of all processes added up.
+
+        loss: summed over the images of this epoch so far, for the line of progress.
+        """
+        add_over_processes([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        last = f", loss {self.log[-1]['loss']:.4g}" if self.log else ""
-        note = f", epoch {len(self.log) + 1} of {self.options.epochs}{last}"
-        self.progress.advance(1 / (self.steps * self.options.epochs), note)
+        steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
+        images = min(self.images, steps * self.micro_batch * self.accumulate)
+        epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
+        self.progress.advance(
+            1 / (self.steps * self.options.epochs), f", {epoch}, loss {loss.item() / images:.4g}"
+        )
 
     def end_epoch(self, loss):
         """Log the epoch and save the run. loss: summed over the images of this process."""
-        add_over_processes(loss)
+        add_over_processes([loss])
         average_statistics(self.net)
         epoch, seconds = len(self.log), time.time() - self.began
         images = self.images * process_count()
@@ -312,7 +326,7 @@ def average_statistics(net):
     if not net.frozen_batchnorm:
         for name, buffer in net.named_buffers():
             if name.endswith(("running_mean", "running_var")):
-                add_over_processes(buffer)
+                add_over_processes([buffer])
                 buffer /= process_count()
 
 
@@ -337,17 +351,18 @@ def refuse_other_run(saved, options, teacher):
 def divide_batch(options, group):
     """(images of a micro-batch, micro-batches of a step) in each process; groups stay together.
 
-    --micro-batch is an upper bound: the largest size that divides a step evenly is taken.
+    All processes have equal shares of a step, of whole groups: where --batch-size cannot be divided
+    so, the nearest number that can. --micro-batch is an upper bound: the largest size that divides
+    a share evenly is taken.
     """
-    together = group * process_count()
-    if options.batch_size % together:
-        raise UserError(f"--batch-size {options.batch_size} must be a multiple of {together}")
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
-    per_process = options.batch_size // process_count()
-    sizes = range(group, min(options.micro_batch, per_process) + 1, group)
-    micro_batch = max(size for size in sizes if per_process % size == 0)
-    return micro_batch, per_process // micro_batch
+    share = group * max(1, round(options.batch_size / (group * process_count())))
+    if share * process_count() != options.batch_size:
+        say(f"note: a step is {share * process_count()} images, {share} in each process")
+    sizes = range(group, min(options.micro_batch, share) + 1, group)
+    micro_batch = max(size for size in sizes if share % size == 0)
+    return micro_batch, share // micro_batch
 
 
 def new_network(options, pooling, size):
@@ -371,16 +386,23 @@ def load_images(options):
     path = Path(options.out, "model.pt")
     if not options.classes and path.exists():  # a run that goes on
         options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
+    splits = ("fit", "val") if options.validation else ("train", "test")
     training, test = (
-        load_dataset(options.dataset, options.root, split, options.unlabelled, options.classes)
-        for split in (("fit", "val") if options.validation else ("train", "test"))
+        load_readable(
+            options.dataset,
+            options.root,
+            split,
+            options.unlabelled,
+            options.classes,
+            options.workers,
+        )
+        for split in splits
     )
     note_changes(options.classes, training.training_classes)
     options.classes = training.training_classes
     if test.labels is not None and len(set(test.labels)) == len(test.labels):
         raise UserError(f"no test class of {options.dataset} has two images to find each other")
-    workers = options.workers
-    return keep_readable(training, workers), keep_readable(test, workers)
+    return training, test
 
 
 # --------------------------------------------------------------------------- options, the program
@@ -398,7 +420,11 @@ def add_common_options(parser):
     add("--epochs", type=positive_int, help="epochs of the training (*)")
     add("--epoch-size", type=positive_int, default=8000, help="most images of an epoch (8000)")
     add("--batch-size", type=positive_int, help="images of an optimizer step; teacher: anchors (*)")
-    add("--micro-batch", type=positive_int, help="most of these in the networks at once (*)")
+    add(
+        "--micro-batch",
+        type=positive_int,
+        help="most images (anchors) in the networks at once (*)",
+    )
     add("--lr", type=positive_float, help="learning rate at its peak (*)")
     add("--min-scale", type=fraction, help="smallest share of an image's area in a crop (*)")
     add("--validation", **FLAG, help="train on half of the training classes, measure on the other")
@@ -453,7 +479,7 @@ def parse_options(argv=None):
 
 
 def fill_in(options, defaults):
-    """Give the options about which the command line is silent their defaults, a dict."""
+    """Give the options about which the command line is silent these values, a dict."""
     for name, value in defaults.items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
