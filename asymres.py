@@ -203,11 +203,11 @@ def load_weights(model, backbone, path):
     content = read_checkpoint(path)
     meta = content.get("meta", {}) if isinstance(content, dict) else {}
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = without_wrappers(state)
+    state, target = without_wrappers(state), model
     if any(name.startswith("backbone.") for name in state):  # of an EmbeddingNet
         state = {name.removeprefix("backbone."): value for name, value in state.items()}
-        model = backbone
-    whole = model.state_dict()
+        target = backbone
+    whole = target.state_dict()
     fitting = {
         name: value
         for name, value in state.items()
@@ -226,7 +226,7 @@ def load_weights(model, backbone, path):
             f"shape, {missing[0]} among them"
         )
     whole.update(fitting)
-    model.load_state_dict(whole)
+    target.load_state_dict(whole)
     return meta.get("mean", MEAN), meta.get("std", STD)
 
 

@@ -202,7 +202,8 @@ class ImageDataset(Dataset):
 def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
     """An ImageDataset of one split.
 
-    name              cub, cars or sop (in `root`), synthetic, or a folder (or `root` is the folder)
+    name              cub, cars or sop (in `root`), synthetic, or a folder (by itself or below
+                      `root`)
     split             "train" or "test", of other classes; "fit" and "val", the halves of the
                       training classes, are for choosing settings
     unlabelled        any folder of photographs: every tenth by name is "test". A folder with images
@@ -215,7 +216,7 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
     """
     if split not in ("train", "test", "fit", "val"):
         raise UserError(f"there is no split {split!r}: train, test, fit or val")
-    published, folder = name.lower(), root or name
+    published, folder = name.lower(), os.path.join(root or "", name)
     if published == "synthetic":
         dataset = draw_eggs("test" if split == "test" else "train")
     elif published in COUNTS:
@@ -236,17 +237,10 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
 
 
 def settle_dataset(name, root):
-    """(name, root) as checkpoints keep them: known names in lower case, absolute paths.
-
-    A folder may be named below `root`. One that is not there has moved to `root`.
-    """
+    """(name, root) as checkpoints keep them: a known name and an absolute path, or a folder's."""
     if name.lower() in (*COUNTS, "synthetic"):
         return name.lower(), root and absolute(root)
-    if root and os.path.isdir(name):
-        raise UserError(f"--dataset {name} is a folder itself: leave --root {root} away")
-    if root and os.path.isdir(os.path.join(root, name)):
-        return absolute(os.path.join(root, name)), None
-    return absolute(name), root and absolute(root)
+    return absolute(os.path.join(root or "", name)), None
 
 
 def absolute(path):
@@ -917,32 +911,17 @@ def default_workers():
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
 
 
-def positive_int(text):
-    """An argument type: 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
+def number(kind, low, high=math.inf):
+    """An argument type: an int or a float from low to high."""
 
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
 
-def not_negative(text):
-    """An argument type: a whole number from 0 on."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def positive_float(text):
-    """An argument type: a finite number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return float(text)
-
-
-def fraction(text):
-    """An argument type: above 0 and at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
 
 
 def say(*lines):

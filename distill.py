@@ -27,7 +27,7 @@ from data import (
     find_device,
     has_images_directly,
     normalize,
-    positive_int,
+    number,
     process_count,
     process_rank,
     run_program,
@@ -85,7 +85,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
     options   as from `parse_options`
     student   by default the one that the options describe
     """
-    student, run = begin(teacher, dataset, options, student, progress)
+    student, run = start_run(teacher, dataset, options, student, progress)
     loader = distillation_loader(
         dataset,
         options.student_size,
@@ -101,18 +101,14 @@ def distill(teacher, dataset, options, student=None, progress=None):
     )
     for epoch in range(run.first_epoch, options.epochs):
         loader.set_epoch(epoch)
-        loss = distill_one_epoch(teacher, student, loader, run, options)
-        run.end_epoch(loss)
+        distill_one_epoch(teacher, student, loader, run, options)
+        run.end_epoch()
     return student.eval()
 
 
 def distill_one_epoch(teacher, student, loader, run, options):
-    """The student learns to embed small views as the teacher embeds the same views when large.
-
-    Returns the sum of the images' losses.
-    """
+    """The student learns to embed small views as the teacher embeds the same views when large."""
     student.train()
-    total = 0.0
     for i, (small, large) in enumerate(loader, start=1):  # (B, A, 3, s, s), (B, A, 3, t, t)
         with run.autocast():
             with torch.no_grad():
@@ -120,10 +116,9 @@ def distill_one_epoch(teacher, student, loader, run, options):
             s = student(small)  # (B, A, D)
         loss = distillation_loss(s, t, options.lambda_ts, options.lambda_ss)
         loss.backward()
-        total += loss.detach()
+        run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(loader):
-            run.step(total)
-    return total
+            run.step()
 
 
 def regress(teacher, dataset, options, student=None, progress=None):
@@ -134,7 +129,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
     targets = extract(
         teacher, dataset, options.teacher_size, options.device, workers=options.workers
     )  # (N, D)
-    student, run = begin(teacher, dataset, options, student, progress)
+    student, run = start_run(teacher, dataset, options, student, progress)
     targets = targets.to(run.device)
     sampler = EpochSampler(len(dataset), options.epoch_size, options.seed)
     for epoch in range(run.first_epoch, options.epochs):
@@ -144,22 +139,24 @@ def regress(teacher, dataset, options, student=None, progress=None):
             dataset, options.student_size, batches, options.workers, run.device
         )
         student.train()
-        total = 0.0
         for i, (rows, images) in enumerate(zip(batches, crops, strict=True), start=1):
             images = normalize(images.to(run.device) / 255)  # (B, 3, s, s)
             with run.autocast():
                 s = student(images)  # (B, D)
             loss = absolute_term(s[:, None], targets[rows][:, None])  # A = 1
             loss.backward()
-            total += loss.detach()
+            run.loss += loss.detach()
             if i % run.accumulate == 0 or i == len(batches):
-                run.step(total)
-        run.end_epoch(total)
+                run.step()
+        run.end_epoch()
     return student.eval()
 
 
-def begin(teacher, dataset, options, student=None, progress=None):
-    """(student, its run) before the first epoch, or after the last one that was saved."""
+def start_run(teacher, dataset, options, student=None, progress=None):
+    """(student, its run) before the first epoch, or after the last one that was saved.
+
+    Both networks get their `size`, and the teacher is frozen.
+    """
     student = student or new_student(teacher, options)
     student.size, teacher.size = options.student_size, options.teacher_size
     if student.dim != teacher.dim:
@@ -247,7 +244,7 @@ def finish(teacher, student, training, test, options, supervised=()):
 def parse_options(argv=None):
     """The options as they are on the command line, None where it is silent."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=__doc__,
         epilog=train.describe_recipes(RECIPES),
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
@@ -260,14 +257,14 @@ def parse_options(argv=None):
     )
     add("--root", help="folder that holds the data set (default: where the teacher found it)")
     add("--unlabelled", **train.FLAG, help="a folder in any arrangement, without labels")
-    add("--teacher-size", type=positive_int, help="side in px of the teacher's images (*)")
-    add("--student-size", type=positive_int, help="side in px of the student's images (*)")
+    add("--teacher-size", type=number(int, 1), metavar="PX", help="of the teacher's images (*)")
+    add("--student-size", type=number(int, 1), metavar="PX", help="of the student's images (*)")
     add("--weights", help="to start from: imagenet, random, teacher (the teacher's), a file (*)")
-    add("--views", type=positive_int, help="A, augmented views of an image (*)")
+    add("--views", type=number(int, 1), help="A, augmented views of an image (*)")
     add("--no-mixup", **train.FLAG, help="views are not mixed with those of other images")
     add("--regression", **train.FLAG, help="no augmentation, absolute term: an ablation")
-    add("--lambda-ts", type=float, help="weight of the teacher-student term (*)")
-    add("--lambda-ss", type=float, help="weight of the student-student term (*)")
+    add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
+    add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
     train.add_common_options(parser)
     return parser.parse_args(argv)
 
@@ -278,32 +275,24 @@ def complete_options(options, teacher=None, trained=None):
     teacher   the network, or None where the options name none
     trained   the options of its training, where they are known
     """
+    trained = trained or {}
     if teacher is not None:
-        train.fill_in(options, options_of_teacher(teacher, trained or {}, options))
-    settle_images(options)
+        train.fill_in(options, options_of_teacher(teacher, trained, options))
+        train.fill_in(options, options_of_data_set(trained, options))
+    options.dataset, options.root = settle_dataset(options.dataset or "synthetic", options.root)
+    if not options.unlabelled and options.dataset not in RECIPES:
+        options.unlabelled = has_images_directly(options.dataset)
     recipe = RECIPES.get(options.dataset, RECIPES["folder"])
     if teacher is None and options.unlabelled:
         recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
-    elif teacher is None and options.dataset != "synthetic":
-        raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
     train.fill_in(options, recipe)
-    train.fill_in(options, {"classes": {}})  # of a folder, those that train: see `load_images`
+    train.fill_in(options, {"unlabelled": False, "classes": {}})
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
-
-
-def settle_images(options):
-    """Make dataset, root and unlabelled of the options what they mean; raise where they cannot."""
-    name, root = settle_dataset(options.dataset or "synthetic", options.root)
-    if name in RECIPES and options.unlabelled:
-        raise UserError("--unlabelled needs a folder of images as --dataset")
-    if name not in RECIPES and not options.unlabelled and has_images_directly(root or name):
-        say(f"note: images directly in {root or name}: taken as without labels")
-        options.unlabelled = True
-    options.dataset, options.root, options.unlabelled = name, root, bool(options.unlabelled)
+    check_options(options, teacher, trained)
 
 
 def options_of_teacher(teacher, trained, options):
-    """What a student takes from its teacher where the command line is silent.
+    """The network and sizes that a student takes from its teacher.
 
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
@@ -313,15 +302,29 @@ def options_of_teacher(teacher, trained, options):
             inherited["weights"] = trained["weights"]
         if not isinstance(teacher.whiten, torch.nn.Linear):
             inherited["dim"] = 0  # the same backbone has as many dimensions; others need a layer
+    return inherited
+
+
+def options_of_data_set(trained, options):
+    """The images, and the classes among them, that a student takes from its teacher's training."""
     if options.dataset is None and "dataset" not in trained:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-    name, _ = settle_dataset(options.dataset or trained["dataset"], None)
-    if name == trained.get("dataset"):
-        if options.validation and not trained["validation"]:
-            raise UserError("--validation: the teacher was trained on the validation classes, too")
-        for option in ("dataset", "root", "unlabelled", "classes", "validation"):
-            inherited[option] = trained[option]
-    return inherited
+    name = options.dataset or trained["dataset"]
+    if settle_dataset(name, options.root)[0] != trained.get("dataset"):
+        return {}
+    same = ("dataset", "root", "unlabelled", "classes", "validation")
+    return {option: trained[option] for option in same}
+
+
+def check_options(options, teacher, trained):
+    """Raise UserError where options do not go together."""
+    if options.unlabelled and options.dataset in RECIPES:
+        raise UserError("--unlabelled needs a folder of images as --dataset")
+    if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
+        raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
+    same_images = options.dataset == trained.get("dataset")
+    if same_images and options.validation and not trained["validation"]:
+        raise UserError("--validation: the teacher was trained on the validation classes, too")
 
 
 def imagenet_teacher(options):

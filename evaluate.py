@@ -41,9 +41,8 @@ from data import (
     list_images,
     load_readable,
     normalize,
-    not_negative,
     note_changes,
-    positive_int,
+    number,
     process_count,
     process_rank,
     read_image,
@@ -67,7 +66,8 @@ def retrieval_metrics(
 ):
     """Search (N, D) for each of (Q, D) by dot product: {metric: mean over queries, in [0, 1]}.
 
-    same_images   query i and row i of the database are one image, which is no answer to itself
+    same_images   query i and row i of the database are one image, which is no answer to itself;
+                  False: two sets
     chunk         scores held at a time
 
     The n images of the query's label are correct. The correct image j = 0, 1, ..., n - 1, from the
@@ -96,8 +96,11 @@ def retrieval_metrics(
     database_labels = as_labels(database_labels, database)
     if min(ks, default=1) < 1:
         raise ValueError(f"every k of {ks} must be positive")
-    if same_images and not torch.equal(query_labels, database_labels[: len(queries)]):
-        raise ValueError("same_images: query i and row i of the database need the same label")
+    if same_images and not torch.equal(query_labels, database_labels):
+        raise ValueError(
+            "same_images: query i and row i of the database are one image and need the same label; "
+            "same_images=False compares two sets"
+        )
     sums, count = {}, 0
     batches = ranks_of_correct_images(
         queries, database, query_labels, database_labels, same_images, chunk
@@ -549,11 +552,11 @@ def parse_options():
     add = parser.add_argument
     add("--teacher", help="checkpoint or released name of the database's network")
     add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
-    add("--size", type=positive_int, help="px of the database's images (default: the teacher's)")
+    add("--size", type=number(int, 1), help="px of the database's images (default: the teacher's)")
     add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
     add(
         "--workers",
-        type=not_negative,
+        type=number(int, 0),
         default=default_workers(),
         help="processes that decode images (default: one for each core)",
     )
@@ -570,14 +573,14 @@ def parse_options():
     add("--root", help="where the data set is (default: where the teacher found it)")
     add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
     add("--validation", action="store_true", help="test on the second half of the training classes")
-    add("--ks", type=positive_int, nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
+    add("--ks", type=number(int, 1), nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
     add("--json", metavar="FILE", help="write the table, for machines")
     add = parser.add_argument_group("an index, with --teacher").add_argument
     add("--database", metavar="FOLDER", help="embed the images below this folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: the file to search")
     add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=positive_int, default=5, help="answers to a query (default: %(default)s)")
+    add("--top", type=number(int, 1), default=5, help="answers to a query (default: %(default)s)")
     return parser.parse_args()
 
 

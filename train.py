@@ -34,12 +34,9 @@ from data import (
     broadcast,
     default_workers,
     find_device,
-    fraction,
     load_readable,
-    not_negative,
     note_changes,
-    positive_float,
-    positive_int,
+    number,
     process_count,
     process_rank,
     random_crops,
@@ -106,23 +103,19 @@ def train(dataset, options, net=None, progress=None):
     run = Run(net, options, anchors, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, epoch, options)
-        loss = train_one_epoch(net, dataset, rows, epoch, run, options)
-        run.end_epoch(loss)
+        train_one_epoch(net, dataset, rows, epoch, run, options)
+        run.end_epoch()
     return net.eval()
 
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
-    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives.
-
-    Returns the sum of the anchors' losses.
-    """
+    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
         dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
     )
     net.train()
-    total = 0.0
     for i, images in enumerate(crops, start=1):  # (b (1 + M), 3, H, W)
         with run.autocast():
             embeddings = net(images).view(-1, 1 + NEGATIVES, net.dim)  # (b, 1 + M, D)
@@ -130,10 +123,9 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         positives = others_of_group(anchors)  # (b, 3, D)
         loss = triplet_loss(anchors, positives, negatives, MARGIN)
         loss.backward()
-        total += loss.detach()
+        run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(batches):
-            run.step(total)
-    return total
+            run.step()
 
 
 def others_of_group(anchors):
@@ -215,8 +207,9 @@ class Run:
     teacher    fingerprint of the student's teacher
     progress   shared with other runs
 
-    The loop calls `step()` after every `accumulate` micro-batches of `micro_batch` images, and
-    `end_epoch()` after an epoch, which writes the checkpoint from which the same command goes on.
+    The loop adds each loss to `loss`, that of the epoch so far, calls `step()` after every
+    `accumulate` micro-batches of `micro_batch` images, and `end_epoch()` after an epoch, which
+    writes the checkpoint from which the same command goes on.
     Loss and gradient are sums over images: with the same views and frozen batch-norm a step does
     not depend on how it is divided.
     """
@@ -258,6 +251,7 @@ class Run:
         self.log = saved["training"]["log"]
 
     def begin_epoch(self):
+        self.loss = torch.zeros((), device=self.device)  # summed over this process's images
         torch.manual_seed(self.options.seed + len(self.log))  # of dropout, also after a resume
         self.began = time.time()
 
@@ -265,11 +259,8 @@ class Run:
         """The context of the forward passes."""
         return autocast(self.device, self.options.precision)
 
-    def step(self, loss):
-        """One step of optimizer and schedule, with the gradients of all processes added up.
-
-        loss: summed over the images of this epoch so far, for the line of progress.
-        """
+    def step(self):
+        """One step of optimizer and schedule, with the gradients of all processes added up."""
         add_over_processes([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -277,17 +268,16 @@ class Run:
         steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
         images = min(self.images, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
-        self.progress.advance(
-            1 / (self.steps * self.options.epochs), f", {epoch}, loss {loss.item() / images:.4g}"
-        )
+        note = f", {epoch}, loss {self.loss.item() / images:.4g}"
+        self.progress.advance(1 / (self.steps * self.options.epochs), note)
 
-    def end_epoch(self, loss):
-        """Log the epoch and save the run. loss: summed over the images of this process."""
-        add_over_processes([loss])
+    def end_epoch(self):
+        """Log the epoch and save the run."""
+        add_over_processes([self.loss])
         average_statistics(self.net)
         epoch, seconds = len(self.log), time.time() - self.began
         images = self.images * process_count()
-        loss = loss.item() / images
+        loss = self.loss.item() / images
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch}: take a smaller --lr")
         entry = {"epoch": epoch, "loss": loss, "lr": self.schedule.get_last_lr()[0]}
@@ -416,20 +406,16 @@ def add_common_options(parser):
     add = parser.add_argument
     add("--out", help="folder of the run (default: a name in runs/)")
     add("--arch", help="network of torchvision, timm/NAME or resnet10 (*)")
-    add("--dim", type=not_negative, help="dimensions of an embedding; 0: without whitening (*)")
-    add("--epochs", type=positive_int, help="epochs of the training (*)")
-    add("--epoch-size", type=positive_int, default=8000, help="most images of an epoch (8000)")
-    add("--batch-size", type=positive_int, help="images of an optimizer step; teacher: anchors (*)")
-    add(
-        "--micro-batch",
-        type=positive_int,
-        help="most images (anchors) in the networks at once (*)",
-    )
-    add("--lr", type=positive_float, help="learning rate at its peak (*)")
-    add("--min-scale", type=fraction, help="smallest share of an image's area in a crop (*)")
+    add("--dim", type=number(int, 0), help="dimensions of an embedding; 0: without whitening (*)")
+    add("--epochs", type=number(int, 1), help="epochs of the training (*)")
+    add("--epoch-size", type=number(int, 1), default=8000, help="most images of an epoch (8000)")
+    add("--batch-size", type=number(int, 1), help="images (anchors) of an optimizer step (*)")
+    add("--micro-batch", type=number(int, 1), help="images (anchors) in the networks at once (*)")
+    add("--lr", type=number(float, 1e-12), help="learning rate at its peak (*)")
+    add("--min-scale", type=number(float, 1e-3, 1), help="smallest share of an image in a crop (*)")
     add("--validation", **FLAG, help="train on half of the training classes, measure on the other")
-    add("--seed", type=not_negative, default=1234, help="of all that is random (1234)")
-    add("--workers", type=not_negative, help="processes that decode images (*)")
+    add("--seed", type=number(int, 0), default=1234, help="of all that is random (1234)")
+    add("--workers", type=number(int, 0), help="processes that decode images (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision",
@@ -452,7 +438,7 @@ def describe_recipes(recipes):
 def parse_options(argv=None):
     """The options; those that are not on the command line have the defaults of the data set."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=__doc__.partition("\n\nHere")[0],
         epilog=describe_recipes(RECIPES),
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
@@ -460,7 +446,7 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("--dataset", help="cub, cars, sop, synthetic or a folder (default: synthetic)")
     add("--root", help="folder that holds the data set (default: here)")
-    add("--size", type=positive_int, help="side of the images in px (*)")
+    add("--size", type=number(int, 1), help="side of the images in px (*)")
     add("--weights", help="to start from: imagenet, random or a file (*)")
     add(
         "--pooling",
