@@ -6,18 +6,14 @@ Worker processes decode images, and nothing else. Crops, colours and mixup are m
 device, a micro-batch at a time. This file stands alone: copy it for `distillation_loader`.
 
 In this order: reading an image; data sets; decoding in worker processes; the coupled views; the
-drawn eggs. The last section, on running a program, has nothing to do with data: all other modules
-import this one, so it is here.
+drawn eggs.
 """
 
 import argparse
 import copy
-import math
 import os
 import signal
 import sys
-import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +33,27 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
 class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. A program ends with its text."""
+
+
+# torchrun starts a program as several processes; each takes its share of an epoch's images.
+
+
+def process_rank():
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def process_count():
+    """How many processes the program has."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def say(*lines):
+    """Print lines, in process 0."""
+    if process_rank() == 0 and lines:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
+        print(*lines, sep="\n", flush=True)
 
 
 # -------------------------------------------------------------------------------- reading images
@@ -838,195 +855,35 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-# ------------------------------------------------------ running a program: the same for all four
-#
-# Several processes (torchrun --nproc-per-node N): each takes its own share of an epoch's images.
-# The losses are sums over images, so gradients are added up over processes, not averaged.
+# -------------------------------------------------------------------------------------- download
 
 
-def process_rank():
-    """The number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def process_count():
-    """How many processes the program has."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def start_processes():
-    """Join the other processes of a program that torchrun started; alone there is nothing to do."""
-    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def add_over_processes(tensors):
-    """Add tensors of one kind up over all processes, in place and in one message."""
-    if process_count() > 1:
-        message = torch.cat([tensor.flatten() for tensor in tensors])
-        distributed.all_reduce(message)
-        parts = message.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def broadcast(tensor):
-    """The tensor of process 0 in all processes, in place."""
-    if process_count() > 1:
-        distributed.broadcast(tensor, src=0)
-    return tensor
-
-
-def find_device(name=None):
-    """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
-    if not name and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, cards = str(name or "cpu"), torch.cuda.device_count()
-    there = ["cpu"] + ["cuda"] * bool(cards) + [f"cuda:{i}" for i in range(cards)]
-    if name not in there:
-        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
-    return torch.device(name)
-
-
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it, else float32
-
-
-def autocast(device, precision):
-    """The context of a forward pass in one of these precisions."""
-    use = precision == "bfloat16"
-    if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
-
-
-def default_workers():
-    """Worker processes that decode images: one for each core, shared out over the processes."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
-
-
-def number(kind, low, high=math.inf):
-    """An argument type: an int or a float from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
-def say(*lines):
-    """Print lines, in process 0."""
-    if process_rank() == 0 and lines:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
-        print(*lines, sep="\n", flush=True)
-
-
-class Progress:
-    """One line on the terminal: what is going on, how much of it is done, and the time left."""
-
-    def __init__(self, title, announce=False):
-        self.title, self.announce = title, announce
-        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # shares of the whole
-        self.began = self.shown = time.time()
-
-    def stage(self, title, share):
-        """What follows is a share of the whole."""
-        self.title, self.share = title, share
-
-    def skip(self, part):
-        """A part of the stage was done before: it says nothing of the pace."""
-        self.skipped += self.share * part
-        self.done += self.share * part
-
-    def advance(self, part, note=""):
-        """A part of the stage is done. Where there is no terminal, a line every half minute."""
-        self.done += self.share * part
-        if process_rank() > 0:
-            return
-        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
-        elapsed = now - self.began  # for what was done since, and not skipped
-        left = elapsed / (self.done - self.skipped) * (1 - self.done)
-        if self.announce and self.done > 0.03:
-            say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
-            self.announce = False
-        if now - self.shown < (0.2 if terminal else 30) and not last:
-            return
-        self.shown = now
-        line = f"{self.title}: {self.done:4.0%}{note}, {format_time(left)} left"
-        if last:  # what was short is not worth a line
-            line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
-        if terminal:
-            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
-        elif line:
-            print(line, file=sys.stderr, flush=True)
-
-
-def format_time(seconds):
-    """Minutes and seconds, 12:34."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def run_program(main, mistakes=()):
-    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
-
-    mistakes: exceptions of that kind beside UserError. Everything else shows its traceback.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # float32 means it
-    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    try:
-        start_processes()
-        main()
-    except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: close other programs or take --device cpu; in training, "
-            "a smaller --micro-batch",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except (UserError, OSError, *mistakes) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; a training goes on after its last whole epoch, by the same command",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Download, verify and unpack a data set.")
-    parser.add_argument("name", choices=("cub", "cars", "sop"))
-    parser.add_argument("--root", required=True, help="folder to put it in")
-    options = parser.parse_args()
-    if options.name not in DOWNLOADS:
+def download(name, root):
+    """Download a published data set into a folder, unpack it and verify that it is whole."""
+    if name not in DOWNLOADS:
         raise UserError(
             "cars has no download of its own any more; copies are on Kaggle (Stanford Cars): "
             f"--root is the folder that holds {LAYOUTS['cars']}"
         )
-    url, md5 = DOWNLOADS[options.name]
+    url, md5 = DOWNLOADS[name]
     try:
-        download_and_extract_archive(url, options.root, md5=md5)
+        download_and_extract_archive(url, root, md5=md5)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{url} could not be downloaded whole ({error})") from error
     for split in ("train", "test"):
-        say(f"{len(load_dataset(options.name, options.root, split))} {split} images, all there")
+        say(f"{len(load_dataset(name, root, split))} {split} images, all there")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=download.__doc__)
+    parser.add_argument("name", choices=("cub", "cars", "sop"))
+    parser.add_argument("--root", required=True, help="folder to put it in")
+    options = parser.parse_args()
+    try:
+        download(options.name, options.root)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    main()

@@ -15,26 +15,31 @@ import torch
 from torch.utils.data import BatchSampler
 
 import train
-from asymres import NetworkError, absolute_term, distillation_loss, fingerprint, save_checkpoint
+from asymres import absolute_term, distillation_loss, fingerprint, save_checkpoint
 from data import (
-    HELP_FORMAT,
     EpochSampler,
-    Progress,
     UserError,
-    default_workers,
     distillation_loader,
     evaluation_loader,
-    find_device,
     has_images_directly,
     normalize,
-    number,
     process_count,
     process_rank,
-    run_program,
     say,
     settle_dataset,
 )
-from evaluate import compare, compare_unlabelled, extract, load_network
+from evaluate import (
+    HELP_FORMAT,
+    Progress,
+    compare,
+    compare_unlabelled,
+    default_workers,
+    extract,
+    find_device,
+    load_network,
+    number,
+    run_program,
+)
 
 # What differs by data set; "folder" is any other. The values for CUB, Cars and SOP are the paper's.
 CUB = dict(
@@ -350,4 +355,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, mistakes=(NetworkError,))
+    run_program(main)

@@ -4,18 +4,25 @@
     python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
     python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
 
-All in plain torch, on the device of the embeddings, exact, some queries at a time.
+All in plain torch, on the device of the embeddings, exact, some queries at a time. Near the end
+stands what this, train.py and distill.py need as programs: processes, devices, progress, errors.
 """
 
 import argparse
 import json
+import math
 import os
+import sys
+import time
 import timeit
+import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import distributed
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import (
@@ -26,27 +33,18 @@ from asymres import (
     save_atomically,
 )
 from data import (
-    HELP_FORMAT,
-    PRECISIONS,
     ImageDataset,
-    Progress,
     UserError,
-    add_over_processes,
-    autocast,
-    default_workers,
     evaluation_crop,
     evaluation_loader,
-    find_device,
     keep_readable,
     list_images,
     load_readable,
     normalize,
     note_changes,
-    number,
     process_count,
     process_rank,
     read_image,
-    run_program,
     say,
     settle_dataset,
 )
@@ -527,7 +525,156 @@ def check_same_teacher(name, database_network, student, about):
         raise UserError(f"{name} is of another network than the teacher of this student")
 
 
-# ------------------------------------------------------------------------------------ the program
+# ----------------------------------------- running a program: the same for evaluate, train, distill
+#
+# Several processes (torchrun --nproc-per-node N): each takes its own share of an epoch's images.
+# The losses are sums over images, so gradients are added up over processes, not averaged.
+
+
+def start_processes():
+    """Join the other processes of a program that torchrun started; alone there is nothing to do."""
+    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def add_over_processes(tensors):
+    """Add tensors of one kind up over all processes, in place and in one message."""
+    if process_count() > 1:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(tensor):
+    """The tensor of process 0 in all processes, in place."""
+    if process_count() > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def find_device(name=None):
+    """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name, cards = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(cards) + [f"cuda:{i}" for i in range(cards)]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
+    return torch.device(name)
+
+
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it, else float32
+
+
+def autocast(device, precision):
+    """The context of a forward pass in one of these precisions."""
+    use = precision == "bfloat16"
+    if precision == "auto":
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def default_workers():
+    """Worker processes that decode images: one for each core, shared out over the processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
+
+
+def number(kind, low, high=math.inf):
+    """An argument type: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
+
+
+class Progress:
+    """One line on the terminal: what is going on, how much of it is done, and the time left."""
+
+    def __init__(self, title, announce=False):
+        self.title, self.announce = title, announce
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # shares of the whole
+        self.began = self.shown = time.time()
+
+    def stage(self, title, share):
+        """What follows is a share of the whole."""
+        self.title, self.share = title, share
+
+    def skip(self, part):
+        """A part of the stage was done before: it says nothing of the pace."""
+        self.skipped += self.share * part
+        self.done += self.share * part
+
+    def advance(self, part, note=""):
+        """A part of the stage is done. Where there is no terminal, a line every half minute."""
+        self.done += self.share * part
+        if process_rank() > 0:
+            return
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
+        elapsed = now - self.began  # for what was done since, and not skipped
+        left = elapsed / (self.done - self.skipped) * (1 - self.done)
+        if self.announce and self.done > 0.03:
+            say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
+            self.announce = False
+        if now - self.shown < (0.2 if terminal else 30) and not last:
+            return
+        self.shown = now
+        line = f"{self.title}: {self.done:4.0%}{note}, {format_time(left)} left"
+        if last:  # what was short is not worth a line
+            line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+        if terminal:
+            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def format_time(seconds):
+    """Minutes and seconds, 12:34."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def end(code, sentence):
+    """End the program with a sentence on stderr."""
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def run_program(main):
+    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
+
+    Everything else shows its traceback.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # float32 means it
+    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        start_processes()
+        main()
+    except torch.OutOfMemoryError:
+        end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
+    except (UserError, NetworkError, OSError) as error:
+        end(2, f"error: {error}")
+    except KeyboardInterrupt:
+        end(130, "\nstopped; the same command lets a training go on after its last whole epoch")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- options, the program
 
 
 def load_network(path):
@@ -694,4 +841,4 @@ def load_test_images(options, saved):
 
 
 if __name__ == "__main__":
-    run_program(main, mistakes=(NetworkError,))
+    run_program(main)

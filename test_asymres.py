@@ -1363,7 +1363,7 @@ def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeyp
         return step(optimizer, *others)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    monkeypatch.setattr(data.Progress, "advance", lambda self, part, note="": shown.append(note))
+    monkeypatch.setattr(train.Progress, "advance", lambda self, part, note="": shown.append(note))
     net = train_teacher(folder, tmp_path, "--epochs 5 --size 32")
     assert len(rates) == 10
     assert (rates[0], max(rates), rates[-1]) == pytest.approx((1e-4, 1e-3, 1e-8))
@@ -1582,7 +1582,8 @@ here, folder, teacher = sys.argv[1:]
 sys.path.insert(0, here)
 import torch
 import test_asymres as tests
-from data import process_rank, start_processes
+from data import process_rank
+from evaluate import start_processes
 
 torch.set_num_threads(1)
 start_processes()
@@ -1633,7 +1634,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *words])
         code = 0
         try:
-            data.run_program(PROGRAMS[script].main, mistakes=(NetworkError,))
+            evaluate.run_program(PROGRAMS[script].main)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -1755,7 +1756,7 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     """And those of users do not."""
 
     def slip():
-        data.run_program(partial(divmod, 1, 0))
+        evaluate.run_program(partial(divmod, 1, 0))
 
     def mistake():
         sys.argv = ["evaluate.py", "--teacher", "nowhere.pt"]
@@ -1775,7 +1776,7 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
     """Are printed with a replacement character, and the program goes on."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
-    data.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
+    evaluate.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"caf?.jpg\nthe next\n"
 

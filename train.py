@@ -18,33 +18,35 @@ import torch
 
 from asymres import (
     EmbeddingNet,
-    NetworkError,
     draw_negatives,
     read_checkpoint,
     save_checkpoint,
     triplet_loss,
 )
 from data import (
-    HELP_FORMAT,
-    PRECISIONS,
-    Progress,
     UserError,
-    add_over_processes,
-    autocast,
-    broadcast,
-    default_workers,
-    find_device,
     load_readable,
     note_changes,
-    number,
     process_count,
     process_rank,
     random_crops,
-    run_program,
     say,
     settle_dataset,
 )
-from evaluate import compare, extract
+from evaluate import (
+    HELP_FORMAT,
+    PRECISIONS,
+    Progress,
+    add_over_processes,
+    autocast,
+    broadcast,
+    compare,
+    default_workers,
+    extract,
+    find_device,
+    number,
+    run_program,
+)
 
 GROUP = 4  # anchors of one class that stay together: three are the positives of the fourth
 NEGATIVES = 4  # of an anchor
@@ -486,4 +488,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, mistakes=(NetworkError,))
+    run_program(main)
