@@ -281,12 +281,15 @@ def complete_options(options, teacher=None, trained=None):
     trained   the options of its training, where they are known
     """
     trained = trained or {}
+    # 1. The teacher's network, size and images.
     if teacher is not None:
         train.fill_in(options, options_of_teacher(teacher, trained, options))
         train.fill_in(options, options_of_data_set(trained, options))
+    # 2. What the images are.
     options.dataset, options.root = settle_dataset(options.dataset or "synthetic", options.root)
     if not options.unlabelled and options.dataset not in RECIPES:
         options.unlabelled = has_images_directly(options.dataset)
+    # 3. Their recipe.
     recipe = RECIPES.get(options.dataset, RECIPES["folder"])
     if teacher is None and options.unlabelled:
         recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes

@@ -171,9 +171,9 @@ def mine(net, dataset, epoch, options):
     classes = usable_classes(dataset.labels)
     groups = draw_groups(classes, options.epoch_size, rng)  # (G, 4)
     anchors, pool = groups.flatten(), rng.permutation(np.concatenate(classes))[:POOL]
-    used = np.unique(np.concatenate([anchors, pool]))
-    embeddings = torch.zeros(len(dataset), net.dim)
-    embeddings[used] = extract(
+
+    used = np.union1d(anchors, pool)
+    embedded = extract(
         net,
         dataset.subset(used),
         options.size,
@@ -182,7 +182,10 @@ def mine(net, dataset, epoch, options):
         precision=options.precision,
     )
     device = find_device(options.device)
-    embeddings, labels = embeddings.to(device), torch.tensor(dataset.labels, device=device)
+    labels = torch.tensor(dataset.labels, device=device)
+    embeddings = torch.zeros(len(labels), net.dim, device=device)  # 0 where they are not needed
+    embeddings[used] = embedded.to(device)
+
     negatives = draw_negatives(
         embeddings[anchors],
         embeddings[pool],
@@ -193,9 +196,10 @@ def mine(net, dataset, epoch, options):
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
     rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
-    rows = rows.view(len(groups), GROUP, 1 + NEGATIVES)
+
+    groups = rows.view(-1, GROUP, 1 + NEGATIVES)
     share = len(groups) // process_count()  # as many groups for each process
-    return rows[process_rank() :: process_count()][:share].flatten(0, 1)
+    return groups[process_rank() :: process_count()][:share].flatten(0, 1)
 
 
 # ------------------------------------------------------------ what teacher and student runs share
@@ -224,6 +228,8 @@ class Run:
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.micro_batch, self.accumulate = divide_batch(options, group)
         self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
+
+        # Weights and optimizer as in the checkpoint, if there is one; the schedule goes on there.
         self.optimizer = make_optimizer(net, options.lr)
         self.log = []  # an entry for each epoch that is done
         self.path = Path(options.out, "model.pt")
@@ -239,6 +245,7 @@ class Run:
             div_factor=DIV_FACTOR,  # it also moves AdamW's beta1, from 0.95 to 0.85 and back
             last_epoch=self.first_epoch * self.steps - 1,
         )
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.progress = progress or Progress(options.out)
         self.progress.skip(self.first_epoch / options.epochs)
