@@ -73,9 +73,12 @@ class EmbeddingNet(nn.Module):
     backbone    a module (B, 3, H, W) -> (B, C, h, w) of your own in place of `arch`
 
     With pretrained weights the batch-norm layers stay in eval mode while training: their statistics
-    are kept, scale and shift are learned. A pretrained network that expects another normalisation
-    than ImageNet's gets it: see `mean` and `std`. `size` is for the caller: the side in px at which
-    the network was trained. Raises NetworkError where `arch` or the weights cannot be had.
+    are kept, scale and shift are learned. That is all that `pretrained` says of a `backbone`: give
+    False for one whose statistics are still to be estimated.
+
+    A pretrained network that expects another normalisation than ImageNet's gets it: see `mean` and
+    `std`. `size` is for the caller: the side in px at which the network was trained. Raises
+    NetworkError where `arch` or the weights cannot be had.
     """
 
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):

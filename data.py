@@ -35,7 +35,8 @@ class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. A program ends with its text."""
 
 
-# torchrun starts a program as several processes; each takes its share of an epoch's images.
+# torchrun starts a program as several processes; each takes its share of an epoch's images. The
+# rest of what this needs is in evaluate.py's chapter on running a program.
 
 
 def process_rank():
@@ -518,19 +519,7 @@ COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contr
 POOL_SIZE = 200  # images from which mixup's partners come
 
 
-def distillation_loader(
-    dataset,
-    student_size,
-    teacher_size,
-    views=8,
-    batch_size=8,
-    mixup=True,
-    workers=0,
-    device="cpu",
-    seed=1234,
-    min_scale=0.08,
-    epoch_size=None,
-):
+class DistillationLoader:
     """Coupled views of images without labels (Sec. 3.3), in batches for student and teacher.
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
@@ -548,26 +537,27 @@ def distillation_loader(
     The 200 images wait on `device`, as uint8 and shrunk as far as no crop has to be enlarged: 0.1
     GB for CUB's, and at most 2 GB, for photographs above 3 megapixels at 448 px and min_scale 0.08.
     """
-    sampler = EpochSampler(len(dataset), epoch_size, seed)
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    max_pixels = most_pixels_needed(max(student_size, teacher_size), min_scale)
-    decoded = decoding_loader(dataset, batches, max_pixels, workers, device)
 
-    def make_views(images, pool, rng):
-        draws = sample_views(images, pool, views, min_scale, mixup, rng)
-        small = render_views(images, draws, student_size)
-        large = render_views(images, draws, teacher_size)
-        return small, large
-
-    return DistillationLoader(decoded, sampler, make_views, device)
-
-
-class DistillationLoader:
-    """The batches of `distillation_loader`: decoded images, and of each batch its views."""
-
-    def __init__(self, decoded, sampler, make_views, device):
-        self.decoded, self.sampler = decoded, sampler
-        self.make_views, self.device = make_views, device
+    def __init__(
+        self,
+        dataset,
+        student_size,
+        teacher_size,
+        views=8,
+        batch_size=8,
+        mixup=True,
+        workers=0,
+        device="cpu",
+        seed=1234,
+        min_scale=0.08,
+        epoch_size=None,
+    ):
+        self.student_size, self.teacher_size, self.device = student_size, teacher_size, device
+        self.views, self.min_scale, self.mixup = views, min_scale, mixup
+        self.sampler = EpochSampler(len(dataset), epoch_size, seed)
+        batches = BatchSampler(self.sampler, batch_size, drop_last=False)
+        max_pixels = most_pixels_needed(max(student_size, teacher_size), min_scale)
+        self.decoded = decoding_loader(dataset, batches, max_pixels, workers, device)
 
     def set_epoch(self, epoch):
         self.sampler.set_epoch(epoch)
@@ -581,7 +571,13 @@ class DistillationLoader:
         for packed in self.decoded:
             images = to_images(packed, self.device)
             pool = (pool + images)[-POOL_SIZE:]
-            yield self.make_views(images, pool, rng)
+            draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
+            small = render_views(images, draws, self.student_size)
+            large = render_views(images, draws, self.teacher_size)
+            yield small, large
+
+
+distillation_loader = DistillationLoader  # called like a function
 
 
 class Draws(NamedTuple):
@@ -611,6 +607,7 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
     boxes, partners, partner_boxes = [], [], []
     for image, numbers in zip(images, attempts, strict=True):
+        # By identity: the pool holds the images of the batch themselves.
         others = [other for other in pool if other is not image] or [image]
         for view in range(views):
             boxes.append(crop_box(numbers[view], *image.shape[1:], min_scale))
@@ -756,9 +753,11 @@ def adjust_hue(x, shift):
     red, green, blue = x.split(1, dim=1)  # (V, 1, H, W) each
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue) - low
-    # Hue in sixths of the circle from cyan: blue is 1, green -1, and red 3 or -3, the far end.
-    from_cyan = 2 + (red - green - blue + low) / chroma.clamp(min=1e-12)  # 0 to 3
-    hue = torch.copysign(from_cyan, blue - green) + 6 * shift
+    # Hue in sixths of the circle from cyan: blue is 1, green -1, and red 3 or -3, the far end. With
+    # the lowest channel at 0 and the highest at 1, the distance is 2 + red - green - blue: red has
+    # 3, magenta (1, 0, 1) and yellow 2, green and blue 1, cyan 0, and it is linear in between.
+    distance = 2 + (red - green - blue + low) / chroma.clamp(min=1e-12)
+    hue = torch.copysign(distance, blue - green) + 6 * shift
     hue -= 6 * (hue / 6).round()  # back into -3 to 3
     red.copy_(hue.abs() - 1)  # of the pure colour of that hue, within [0, 1]
     green.copy_(2 - (hue + 1).abs())

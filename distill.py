@@ -275,32 +275,29 @@ def parse_options(argv=None):
 
 
 def complete_options(options, teacher=None, trained=None):
-    """Fill in what the command line leaves open: by the teacher, then by the data set's recipe.
+    """Fill in what the command line leaves open: by the teacher, or else by the data set's recipe.
 
     teacher   the network, or None where the options name none
     trained   the options of its training, where they are known
     """
-    trained = trained or {}
-    # 1. The teacher's network, size and images.
+    trained, inherited = trained or {}, {}
     if teacher is not None:
-        train.fill_in(options, options_of_teacher(teacher, trained, options))
-        train.fill_in(options, options_of_data_set(trained, options))
-    # 2. What the images are.
-    options.dataset, options.root = settle_dataset(options.dataset or "synthetic", options.root)
-    if not options.unlabelled and options.dataset not in RECIPES:
-        options.unlabelled = has_images_directly(options.dataset)
-    # 3. Their recipe.
-    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
+        inherited = options_of_teacher(teacher, trained, options)
+    dataset = options.dataset or inherited.get("dataset", "synthetic")
+    root = options.root or inherited.get("root")
+    options.dataset, options.root = settle_dataset(dataset, root)
+    if options.dataset not in RECIPES and has_images_directly(options.dataset):
+        options.unlabelled = True
+    recipe = RECIPES.get(options.dataset, RECIPES["folder"]) | {"unlabelled": False, "classes": {}}
     if teacher is None and options.unlabelled:
-        recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
-    train.fill_in(options, recipe)
-    train.fill_in(options, {"unlabelled": False, "classes": {}})
+        recipe["dim"] = 0  # the teacher will be an ImageNet network as it comes
+    train.fill_in(options, recipe | inherited)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
     check_options(options, teacher, trained)
 
 
 def options_of_teacher(teacher, trained, options):
-    """The network and sizes that a student takes from its teacher.
+    """What a student takes from its teacher where the command line is silent.
 
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
@@ -310,18 +307,13 @@ def options_of_teacher(teacher, trained, options):
             inherited["weights"] = trained["weights"]
         if not isinstance(teacher.whiten, torch.nn.Linear):
             inherited["dim"] = 0  # the same backbone has as many dimensions; others need a layer
-    return inherited
-
-
-def options_of_data_set(trained, options):
-    """The images, and the classes among them, that a student takes from its teacher's training."""
-    if options.dataset is None and "dataset" not in trained:
+    if options.dataset is None and not trained:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name = options.dataset or trained["dataset"]
-    if settle_dataset(name, options.root)[0] != trained.get("dataset"):
-        return {}
-    same = ("dataset", "root", "unlabelled", "classes", "validation")
-    return {option: trained[option] for option in same}
+    if settle_dataset(name, options.root)[0] == trained.get("dataset"):
+        for option in ("dataset", "root", "unlabelled", "classes", "validation"):
+            inherited[option] = trained[option]
+    return inherited
 
 
 def check_options(options, teacher, trained):

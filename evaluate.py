@@ -73,9 +73,10 @@ def retrieval_metrics(
     query without a correct image is left out of the means; its image stays in the database.
 
       R@k          1 if a correct image has rank < k
-      P@k          share of correct images among the first min(k, 1 + rank of the last correct one)
-      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0:
-                   both as in the authors' code
+      P@k          share of correct images among the first min(k, 1 + rank of the last correct one),
+                   as in the authors' code
+      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0: by
+                   trapezoids, as in the authors' code and for the Oxford buildings
       mAP@k        the same, summed over ranks < k, divided by min(n, k)
       R-Precision  share of correct images among the first n (Musgrave et al., 2020)
       MAP@R        (j+1)/(r+1), summed over ranks < n, divided by n (the same)
@@ -181,17 +182,16 @@ def rows_of_classes(by_label, first, size):
 def knn(queries, database, k, same_images=False, chunk=2**25):
     """The k nearest of (N, D) to each of (Q, D) by dot product: scores and rows (Q, k), best first.
 
-    same_images: query i is row i of the database, which is no answer to itself. Fewer than k come
-    where there are no more. Raises ValueError for embeddings that are not finite or do not fit.
+    same_images: query i is row i of the database, which is no answer to itself. By default, unlike
+    in `retrieval_metrics`, they are two sets. Fewer than k come where there are no more. Raises
+    ValueError for embeddings that are not finite or do not fit.
     """
     check_embeddings(queries, database)
     if k < 1:
         raise ValueError(f"k must be positive, not {k}")
     k = min(k, len(database) - int(same_images))
     scores, rows = [], []
-    for some in torch.arange(len(queries), device=queries.device).split(
-        max(1, chunk // len(database))
-    ):
+    for some in torch.arange(len(queries)).split(max(1, chunk // len(database))):
         product = queries[some].to(database) @ database.T  # (q, D) @ (D, N) -> (q, N)
         if same_images:
             product.scatter_(1, some[:, None].to(product.device), -torch.inf)
@@ -689,7 +689,7 @@ def load_network(path):
     return net, {name: value for name, value in content.items() if name != "state_dict"}
 
 
-def parse_options():
+def parse_options(argv=None):
     """The options, as they are on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -728,7 +728,7 @@ def parse_options():
     add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
     add("--top", type=number(int, 1), default=5, help="answers to a query (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main():

@@ -1239,17 +1239,18 @@ def test_the_images_of_an_epoch_of_mining(folder, tmp_path, monkeypatch):
     dataset = ImageDataset(images=noise(len(labels), 32, 32, 3), labels=labels.tolist())
     words = f"--dataset {folder} --out {tmp_path} --size 32 {SMALL} --epoch-size 10"
     options = train.parse_options(words.split())
-    epochs = [train.mine(small_net(), dataset, epoch, options) for epoch in range(12)]
+    classes = train.usable_classes(labels)
+    epochs = [train.mine(small_net(), dataset, classes, epoch, options) for epoch in range(12)]
     assert set(torch.cat(epochs).flatten().tolist()) == {
         i for i, label in enumerate(labels) if label not in (2, 4)
     }
     assert len({tuple(rows.flatten().tolist()) for rows in epochs}) == 12 == len(seeds), "anew"
     for rows in epochs:
         assert rows.shape == (8, 1 + 4), "whole groups, at most 10 anchors"
-        classes = labels[rows]
-        assert (classes[:, 0].reshape(2, 4) == classes[::4, :1]).all()
+        shown = labels[rows]
+        assert (shown[:, 0].reshape(2, 4) == shown[::4, :1]).all()
         assert len(set(rows[:, 0].tolist())) == 8
-        assert (classes[:, :1] != classes[:, 1:]).all()
+        assert (shown[:, :1] != shown[:, 1:]).all()
         assert (rows[:, 1:].sort(1).values.diff(dim=1) > 0).all()
     with pytest.raises(UserError, match="1 training classes have 4 images"):
         train.usable_classes([0] * 9 + [1] * 3)
@@ -1560,7 +1561,7 @@ def test_two_processes(folder, teacher, tmp_path):
     first, second = (
         torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1)
     )
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "regression"):
         assert first[name]["passes"] == second[name]["passes"]
         for key, value in first[name]["state"].items():
             if "num_batches" not in key:
@@ -1575,7 +1576,17 @@ def test_two_processes(folder, teacher, tmp_path):
     losses = [[entry["loss"] for entry in log_of(tmp_path / x)] for x in ("student", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=0.5), "they see other views"
 
+    alone, start = distil_student(teacher, tmp_path / "same", f"{SAME_IMAGES} {teacher}")
+    losses = [[entry["loss"] for entry in log_of(tmp_path / x)] for x in ("regression", "same")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for name, weights in alone.backbone.named_parameters():
+        difference = first["regression"]["state"][f"backbone.{name}"] - weights
+        moved = weights - start.backbone.get_parameter(name)
+        assert difference.norm() < 0.02 * moved.norm()
 
+
+# Without views or batch-norm statistics a step does not depend on the number of processes.
+SAME_IMAGES = "--regression --weights "
 TWO = """
 import os, signal, sys
 here, folder, teacher = sys.argv[1:]
@@ -1595,12 +1606,14 @@ def counted(net, images):
 
 tests.EmbeddingNet.forward = counted
 result = {}
-for name in ("teacher", "student"):
+for name in ("teacher", "student", "regression"):
     passes[0] = 0
     if name == "teacher":
         net = tests.train_teacher(folder, "teacher")
-    else:
+    elif name == "student":
         net, _ = tests.distil_student(teacher, "student")
+    else:
+        net, _ = tests.distil_student(teacher, "regression", tests.SAME_IMAGES + teacher)
     result[name] = {"passes": passes[0], "state": net.state_dict()}
 net = tests.small_net()
 net.backbone[1].running_mean.fill_(process_rank())

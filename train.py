@@ -4,6 +4,7 @@
     python train.py --dataset cub --root data --size 224      # the small baseline with labels
 
 Here is also what train.py and distill.py share: options, optimizer, schedule, checkpoints and log.
+What evaluate.py needs, too, as a program stands there: processes, devices, progress and errors.
 """
 
 import argparse
@@ -100,11 +101,12 @@ def train(dataset, options, net=None, progress=None):
         )
     net = net or new_network(options, options.pooling, options.size)
     net.size = options.size
-    groups = count_groups(usable_classes(dataset.labels), options.epoch_size)
+    classes = usable_classes(dataset.labels)
+    groups = count_groups(classes, options.epoch_size)
     anchors = GROUP * (groups // process_count())  # of an epoch, in this process
     run = Run(net, options, anchors, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
-        rows = mine(net, dataset, epoch, options)
+        rows = mine(net, dataset, classes, epoch, options)
         train_one_epoch(net, dataset, rows, epoch, run, options)
         run.end_epoch()
     return net.eval()
@@ -162,13 +164,12 @@ def draw_groups(classes, epoch_size, rng):
     return groups[: count_groups(classes, epoch_size)]
 
 
-def mine(net, dataset, epoch, options):
+def mine(net, dataset, classes, epoch, options):
     """An epoch's rows (R, 1 + M), this process's share: anchors and their negatives (Sec. 3.2).
 
-    Negatives come from a random pool of the training images, as the network embeds them now.
+    Negatives come from a random pool of the images of `classes`, as the network embeds them now.
     """
     rng = np.random.default_rng((options.seed, epoch))
-    classes = usable_classes(dataset.labels)
     groups = draw_groups(classes, options.epoch_size, rng)  # (G, 4)
     anchors, pool = groups.flatten(), rng.permutation(np.concatenate(classes))[:POOL]
 
@@ -274,6 +275,9 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        self.show_progress()
+
+    def show_progress(self):
         steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
         images = min(self.images, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
