@@ -327,7 +327,10 @@ def test_metrics_and_knn_refuse(sentence, change):
         ("3 integer labels", {"database_labels": [1, 1]}),
         ("positive", {"ks": (1, 0)}),
         ("same label", {"query_labels": [2, 1, 2]}),
-        ("same_images=False", {"database": torch.ones(4, 4), "database_labels": [1, 1, 1, 1]}),
+        (
+            "same_images=False compares two sets",
+            dict(query_labels=[1, 1, 1], database=torch.ones(4, 4), database_labels=[1, 1, 1, 1]),
+        ),
         ("no query has", {"query_labels": [1, 2, 3], "database_labels": [1, 2, 3]}),
     ],
 )
@@ -1899,6 +1902,7 @@ def readme_commands(section):
     """The lines of a section of the README that run a program, without their comments."""
     text = re.split(r"^## ", (HERE / "README.md").read_text(), flags=re.M)
     body = next(part for part in text if part.startswith(section))
+    body = re.sub(r"\s*\\\n\s*", " ", body)  # lines that go on
     lines = (re.sub(r"\s+#.*", "", line).strip() for line in body.splitlines())
     return [line.removeprefix("python ") for line in lines if re.match(r"python \w+\.py ", line)]
 
