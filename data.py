@@ -490,7 +490,10 @@ def ignore_ctrl_c(worker):
 
 
 def most_pixels_needed(size, min_scale):
-    """The pixels of the smallest image of which no random crop has to be enlarged to size px."""
+    """The pixels of the smallest image of which no random crop has to be enlarged to size px.
+
+    A crop has min_scale of the area at least, and its shorter side squared 3/4 of that.
+    """
     return size**2 / (min_scale * CROP_RATIO[0])
 
 
@@ -673,7 +676,10 @@ def resize_by_interpolation(crops, flips, size):
 
 
 def resize_by_products(crops, flips, size, dtype=torch.float16, room=768 * 2**20):
-    """All crops together, as rows @ crop @ columns^T: a GPU does not wait for Python.
+    """What `resize_by_interpolation` does, of all crops at once: a GPU does not wait for Python.
+
+    Resizing is linear along columns and along rows: a crop becomes rows @ crop @ columns^T, where a
+    row of either matrix has the weights of one pixel of the result.
 
     room: about as many bytes are used beside the result; crops are taken in parts that fit. With
     this many, 8 x 8 views of 448 px, mixed, stay below 1.5 GiB.
@@ -749,7 +755,10 @@ def to_grey(x):
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by a share of the circle, in place; value and chroma of a pixel stay."""
+    """Turn the hue by a share of the circle, in place, as torchvision's, by way of HSV.
+
+    Value and chroma of a pixel stay, so it moves along a hexagon from one pure colour to the next.
+    """
     red, green, blue = x.split(1, dim=1)  # (V, 1, H, W) each
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = torch.maximum(torch.maximum(red, green), blue) - low

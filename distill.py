@@ -126,6 +126,33 @@ def distill_one_epoch(teacher, student, loader, run, options):
             run.step()
 
 
+def start_run(teacher, dataset, options, student=None, progress=None):
+    """(student, its run) before the first epoch, or after the last one that was saved.
+
+    Both networks get their `size`, and the teacher is frozen.
+    """
+    student = student or new_student(teacher, options)
+    student.size, teacher.size = options.student_size, options.teacher_size
+    if student.dim != teacher.dim:
+        raise UserError(
+            f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
+        )
+    teacher.to(find_device(options.device), memory_format=torch.channels_last)
+    teacher.eval().requires_grad_(False)
+    images = min(options.epoch_size, len(dataset)) // process_count()  # this process's share
+    run = train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
+    return student, run
+
+
+def new_student(teacher, options):
+    """The network that a student starts from: ImageNet's weights, a file's, or the teacher's."""
+    if options.weights != "teacher":
+        return train.new_network(options, teacher.pooling, options.student_size)
+    if options.arch != teacher.arch:
+        raise UserError(f"--weights teacher: the teacher is {teacher.arch}, not {options.arch}")
+    return copy.deepcopy(teacher).requires_grad_(True)
+
+
 def regress(teacher, dataset, options, student=None, progress=None):
     """The ablation without augmentation, in the place of `distill`: the absolute term alone.
 
@@ -155,33 +182,6 @@ def regress(teacher, dataset, options, student=None, progress=None):
                 run.step()
         run.end_epoch()
     return student.eval()
-
-
-def start_run(teacher, dataset, options, student=None, progress=None):
-    """(student, its run) before the first epoch, or after the last one that was saved.
-
-    Both networks get their `size`, and the teacher is frozen.
-    """
-    student = student or new_student(teacher, options)
-    student.size, teacher.size = options.student_size, options.teacher_size
-    if student.dim != teacher.dim:
-        raise UserError(
-            f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
-        )
-    teacher.to(find_device(options.device), memory_format=torch.channels_last)
-    teacher.eval().requires_grad_(False)
-    images = min(options.epoch_size, len(dataset)) // process_count()  # this process's share
-    run = train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
-    return student, run
-
-
-def new_student(teacher, options):
-    """The network that a student starts from: ImageNet's weights, a file's, or the teacher's."""
-    if options.weights != "teacher":
-        return train.new_network(options, teacher.pooling, options.student_size)
-    if options.arch != teacher.arch:
-        raise UserError(f"--weights teacher: the teacher is {teacher.arch}, not {options.arch}")
-    return copy.deepcopy(teacher).requires_grad_(True)
 
 
 # ------------------------------------------------------------------------- the paper in miniature
@@ -250,7 +250,8 @@ def parse_options(argv=None):
     """The options as they are on the command line, None where it is silent."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=train.describe_recipes(RECIPES),
+        epilog=train.describe_recipes(RECIPES)
+        + "\nWith --teacher its size, network, dimensions and start (weights) come before these.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
@@ -275,7 +276,10 @@ def parse_options(argv=None):
 
 
 def complete_options(options, teacher=None, trained=None):
-    """Fill in what the command line leaves open: by the teacher, or else by the data set's recipe.
+    """Fill in what the command line leaves open.
+
+    The command line counts before the teacher (its network and size, and the data set and classes
+    of its training: see `options_of_teacher`), and the teacher before the data set's recipe.
 
     teacher   the network, or None where the options name none
     trained   the options of its training, where they are known

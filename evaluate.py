@@ -69,7 +69,7 @@ def retrieval_metrics(
     chunk         scores held at a time
 
     The n images of the query's label are correct. The correct image j = 0, 1, ..., n - 1, from the
-    best one on, has rank r: so many images come before it, and at equal scores a wrong one does. A
+    best one on, has rank r where r images come before it; at equal scores wrong ones come first. A
     query without a correct image is left out of the means; its image stays in the database.
 
       R@k          1 if a correct image has rank < k
@@ -282,9 +282,9 @@ def compare(
     """Print the table of accuracy (%) against the cost of a query; return its rows, dicts.
 
     Each image of the data set is once the query and searches all others: query and database are the
-    same images, embedded by two networks or at two sizes, without the query's own. A student's
-    queries search the teacher's embeddings (asymmetric) and its own (symmetric); "no distillation"
-    are the teacher's own embeddings of small queries. Networks know their `size`.
+    same images, embedded by two networks or at two sizes, without the query's own, as in the paper.
+    A student's queries search the teacher's embeddings (asymmetric) and its own (symmetric); "no
+    distillation" are the teacher's own embeddings of small queries. Networks know their `size`.
 
     supervised   networks trained with labels at the small size
     figure       file for a picture of what the first student finds
@@ -582,7 +582,8 @@ def autocast(device, precision):
 
 def default_workers():
     """Worker processes that decode images: one for each core, shared out over the processes."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)

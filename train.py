@@ -49,6 +49,7 @@ from evaluate import (
     run_program,
 )
 
+# All of these are as in the authors' code.
 GROUP = 4  # anchors of one class that stay together: three are the positives of the fourth
 NEGATIVES = 4  # of an anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
@@ -139,7 +140,10 @@ def others_of_group(anchors):
 
 
 def usable_classes(labels):
-    """The images (indices) of each class that has a group of 4. Raises UserError below 2 such."""
+    """The images (indices) of each class that has a group of 4; others take no part (Sec. 3.2).
+
+    Raises UserError where fewer than two have.
+    """
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     classes = [images for images in classes if len(images) >= GROUP]
@@ -278,6 +282,7 @@ class Run:
         self.show_progress()
 
     def show_progress(self):
+        # last_epoch is torch's name for the steps that were taken.
         steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
         images = min(self.images, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
@@ -428,13 +433,13 @@ def add_common_options(parser):
     add("--min-scale", type=number(float, 1e-3, 1), help="smallest share of an image in a crop (*)")
     add("--validation", **FLAG, help="train on half of the training classes, measure on the other")
     add("--seed", type=number(int, 0), default=1234, help="of all that is random (1234)")
-    add("--workers", type=number(int, 0), help="processes that decode images (*)")
+    add("--workers", type=number(int, 0), help="processes that decode images: one a core (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the backbone; auto: bfloat16 where a GPU has it (auto)",
+        help="of the backbone in training; auto: bfloat16 where a GPU has it (auto)",
     )
 
 
