@@ -3,7 +3,7 @@
     python data.py cub --root data      # download, verify and unpack; sop likewise
 
 Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
-device, a micro-batch at a time. This file stands alone: copy it for `distillation_loader`.
+device, a micro-batch at a time. This file stands alone: copy it for `DistillationLoader`.
 
 In this order: reading an image; data sets; decoding in worker processes; the coupled views; the
 drawn eggs.
@@ -240,10 +240,10 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
     elif published in COUNTS:
         dataset = load_published(published, root or ".", "test" if split == "test" else "train")
     elif unlabelled or has_images_directly(folder):
-        return load_photographs(folder, split)
+        dataset = load_photographs(folder, split)
     else:
         dataset = load_class_folders(folder, split, training_classes)
-    if split in ("fit", "val"):
+    if split in ("fit", "val") and dataset.labels is not None:
         fit = first_half(sorted(set(dataset.labels)))
         dataset = select_classes(dataset, fit, inside=split == "fit")
     if not len(dataset):
@@ -573,14 +573,14 @@ class DistillationLoader:
         pool = []
         for packed in self.decoded:
             images = to_images(packed, self.device)
-            pool = (pool + images)[-POOL_SIZE:]
+            pool = (pool + images)[-POOL_SIZE:]  # the batch is in its own pool
             draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
             small = render_views(images, draws, self.student_size)
             large = render_views(images, draws, self.teacher_size)
             yield small, large
 
 
-distillation_loader = DistillationLoader  # called like a function
+distillation_loader = DistillationLoader  # under this name others import it
 
 
 class Draws(NamedTuple):
@@ -610,7 +610,7 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
     boxes, partners, partner_boxes = [], [], []
     for image, numbers in zip(images, attempts, strict=True):
-        # By identity: the pool holds the images of the batch themselves.
+        # By identity: the pool holds this very image, too.
         others = [other for other in pool if other is not image] or [image]
         for view in range(views):
             boxes.append(crop_box(numbers[view], *image.shape[1:], min_scale))

@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler
 import train
 from asymres import absolute_term, distillation_loss, fingerprint, save_checkpoint
 from data import (
+    DistillationLoader,
     EpochSampler,
     UserError,
-    distillation_loader,
     evaluation_loader,
     has_images_directly,
     normalize,
@@ -91,7 +91,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
     student   by default the one that the options describe
     """
     student, run = start_run(teacher, dataset, options, student, progress)
-    loader = distillation_loader(
+    loader = DistillationLoader(
         dataset,
         options.student_size,
         options.teacher_size,
@@ -246,8 +246,8 @@ def finish(teacher, student, training, test, options, supervised=()):
 # --------------------------------------------------------------------------- options, the program
 
 
-def parse_options(argv=None):
-    """The options as they are on the command line, None where it is silent."""
+def parse_options(argv=None, teacher=None):
+    """(options, teacher): complete options, and the network that they name, or the given one."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
@@ -267,37 +267,35 @@ def parse_options(argv=None):
     add("--student-size", type=number(int, 1), metavar="PX", help="of the student's images (*)")
     add("--weights", help="to start from: imagenet, random, teacher (the teacher's), a file (*)")
     add("--views", type=number(int, 1), help="A, augmented views of an image (*)")
-    add("--no-mixup", **train.FLAG, help="views are not mixed with those of other images")
-    add("--regression", **train.FLAG, help="no augmentation, absolute term: an ablation")
+    add("--no-mixup", action="store_true", help="views are not mixed with those of other images")
+    add("--regression", action="store_true", help="no augmentation, absolute term: an ablation")
     add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
     train.add_common_options(parser)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    trained = {}  # the options of the teacher's training, where they are known
+    if options.teacher:
+        teacher, content = load_network(options.teacher)
+        trained = content.get("options", {})
+    complete_options(options, teacher, trained)
+    check_options(options, teacher, trained)
+    return options, teacher
 
 
-def complete_options(options, teacher=None, trained=None):
-    """Fill in what the command line leaves open.
-
-    The command line counts before the teacher (its network and size, and the data set and classes
-    of its training: see `options_of_teacher`), and the teacher before the data set's recipe.
-
-    teacher   the network, or None where the options name none
-    trained   the options of its training, where they are known
-    """
-    trained, inherited = trained or {}, {}
-    if teacher is not None:
-        inherited = options_of_teacher(teacher, trained, options)
-    dataset = options.dataset or inherited.get("dataset", "synthetic")
-    root = options.root or inherited.get("root")
+def complete_options(options, teacher, trained):
+    """Fill in what the command line leaves open: by the teacher, else by the data set's recipe."""
+    from_teacher = {} if teacher is None else options_of_teacher(teacher, trained, options)
+    dataset = options.dataset or from_teacher.get("dataset", "synthetic")
+    root = options.root or from_teacher.get("root")
     options.dataset, options.root = settle_dataset(dataset, root)
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
         options.unlabelled = True
-    recipe = RECIPES.get(options.dataset, RECIPES["folder"]) | {"unlabelled": False, "classes": {}}
+    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
     if teacher is None and options.unlabelled:
-        recipe["dim"] = 0  # the teacher will be an ImageNet network as it comes
-    train.fill_in(options, recipe | inherited)
+        recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
+    others = {"unlabelled": False, "validation": False, "classes": {}}
+    train.fill_in(options, recipe | others | from_teacher)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
-    check_options(options, teacher, trained)
 
 
 def options_of_teacher(teacher, trained, options):
@@ -305,19 +303,19 @@ def options_of_teacher(teacher, trained, options):
 
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
-    inherited = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
+    from_teacher = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
     if options.arch in (None, teacher.arch):
         if "weights" in trained:
-            inherited["weights"] = trained["weights"]
+            from_teacher["weights"] = trained["weights"]
         if not isinstance(teacher.whiten, torch.nn.Linear):
-            inherited["dim"] = 0  # the same backbone has as many dimensions; others need a layer
+            from_teacher["dim"] = 0  # the same backbone has as many dimensions; others need a layer
     if options.dataset is None and not trained:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name = options.dataset or trained["dataset"]
     if settle_dataset(name, options.root)[0] == trained.get("dataset"):
         for option in ("dataset", "root", "unlabelled", "classes", "validation"):
-            inherited[option] = trained[option]
-    return inherited
+            from_teacher[option] = trained[option]
+    return from_teacher
 
 
 def check_options(options, teacher, trained):
@@ -339,9 +337,7 @@ def imagenet_teacher(options):
 
 
 def main():
-    options = parse_options()
-    teacher, content = load_network(options.teacher) if options.teacher else (None, {})
-    complete_options(options, teacher, content.get("options"))
+    options, teacher = parse_options()
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)

@@ -289,6 +289,8 @@ def compare(
     supervised   networks trained with labels at the small size
     figure       file for a picture of what the first student finds
     device, workers, precision   as of `extract`
+
+    Where there are several networks of a kind their rows are numbered.
     """
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
@@ -296,11 +298,11 @@ def compare(
     searches = [("teacher, symmetric", teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
         searches.append(("no distillation", teacher, size, teacher))
-    for net in supervised:
-        searches.append(("labels, symmetric", net, net.size, net))
-    for net in students:
-        searches.append(("student, asymmetric", net, net.size, teacher))
-        searches.append(("student, symmetric", net, net.size, net))
+    for number, net in numbered(supervised):
+        searches.append((f"labels{number}, symmetric", net, net.size, net))
+    for number, net in numbered(students):
+        searches.append((f"student{number}, asymmetric", net, net.size, teacher))
+        searches.append((f"student{number}, symmetric", net, net.size, net))
     for _, net, size, _ in searches:
         if (net, size) not in embedded:
             vectors = extract(net, dataset, size, device, workers=workers, precision=precision)
@@ -325,6 +327,11 @@ def compare(
         database = embedded[teacher, teacher.size]
         draw_queries(figure, dataset, captions, database, small, teacher.size)
     return rows
+
+
+def numbered(networks):
+    """(" 1", " 2", ... as on the command line, network) of each; ("", network) of a single one."""
+    return [(f" {i}" * (len(networks) > 1), net) for i, net in enumerate(networks, start=1)]
 
 
 def compare_unlabelled(
@@ -489,7 +496,8 @@ def search(student, about, index, images, top=5, figure=None, device=None):
     entries = {"embeddings", "paths", "folder", "network"}
     if not isinstance(content, dict) or not entries <= set(content):
         raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
-    check_same_teacher(index, content["network"], student, about)
+    if not is_space_of(content["network"], student, about):
+        raise UserError(f"{index} is of another network than the teacher of this student")
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
         raise UserError(f"{index} has {embeddings.shape[1]} dimensions, the student {student.dim}")
@@ -515,14 +523,12 @@ def search(student, about, index, images, top=5, figure=None, device=None):
         draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
 
 
-def check_same_teacher(name, database_network, student, about):
-    """Raise UserError unless a database is of the network that taught the student, or its own.
+def is_space_of(network, student, about):
+    """Whether a network (its fingerprint) is the one that taught a student, or the student itself.
 
-    database_network: a fingerprint. about: see `search`; the authors' checkpoints do not say.
+    about: see `search`. The authors' checkpoints do not say, which counts as yes.
     """
-    own, teacher = fingerprint(student), about.get("teacher")
-    if "options" in about and database_network not in (own, teacher):
-        raise UserError(f"{name} is of another network than the teacher of this student")
+    return "options" not in about or network in (about.get("teacher"), fingerprint(student))
 
 
 # ----------------------------------------- running a program: the same for evaluate, train, distill
@@ -807,7 +813,8 @@ def command_table(options):
 def load_student(path, teacher):
     """The student of a checkpoint. Raises UserError where it is not of this teacher."""
     student, about = load_network(path)
-    check_same_teacher(path, fingerprint(teacher), student, about)
+    if not is_space_of(fingerprint(teacher), student, about):
+        raise UserError(f"{path} was not taught by this --teacher")
     if student.dim != teacher.dim:
         raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
     taught_at = about.get("options", {}).get("teacher_size", teacher.size)

@@ -26,8 +26,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+# The tests of a card, in programs of their own, see CARDS; the others see none.
 os.environ["CARDS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers everywhere
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
@@ -376,6 +377,16 @@ def test_the_rows_of_the_table(photographs):
         assert (row["query px"], row["database px"]) == (size, database_size)
         for name in ("R@1", "R@2", "mAP"):
             assert row[name] == pytest.approx(100 * metrics[name]), row[""]
+
+
+def test_rows_of_several_students_have_numbers(photographs):
+    dataset = ImageDataset(load_dataset(str(photographs)).paths, labels=[i % 9 for i in range(36)])
+    teacher, *students = small_net(), small_net(), small_net()
+    teacher.size, students[0].size, students[1].size = 48, 32, 24
+    rows = evaluate.compare(teacher, students, dataset, students, device="cpu")
+    sizes = {row[""]: row["query px"] for row in rows}
+    assert sizes["labels 1, symmetric"] == sizes["student 1, asymmetric"] == 32
+    assert sizes["labels 2, symmetric"] == sizes["student 2, symmetric"] == 24
 
 
 def test_the_cost_of_a_query():
@@ -904,7 +915,7 @@ class Photographs:
 
 
 def loader_of(dataset, **changes):
-    return data.distillation_loader(
+    return data.DistillationLoader(
         dataset, **dict(student_size=6, teacher_size=8, views=2) | changes
     )
 
@@ -993,7 +1004,7 @@ def read_with_few_open_files():
     eggs = load_dataset("synthetic").subset(range(400))
     net = EmbeddingNet("resnet10-narrow", dim=8, pretrained=False)
     assert len(extract(net, eggs, 16, "cpu", batch_size=256, workers=2)) == 400
-    batches = data.distillation_loader(eggs, 8, 8, views=1, batch_size=100, workers=2)
+    batches = data.DistillationLoader(eggs, 8, 8, views=1, batch_size=100, workers=2)
     assert sum(len(small) for small, _ in batches) == 400
 
 
@@ -1009,25 +1020,31 @@ def test_decoded_images_do_not_keep_files_open():
 
 ON_A_CARD = """
 import sys, torch
-from data import distillation_loader, load_dataset
+from data import DistillationLoader, load_dataset
 if not torch.cuda.is_available():
     sys.exit(5)
 eggs = load_dataset("synthetic")
-batches = [next(iter(distillation_loader(eggs, 32, 64, device=where))) for where in ("cpu", "cuda")]
+batches = [next(iter(DistillationLoader(eggs, 32, 64, device=where))) for where in ("cpu", "cuda")]
 for ours, theirs in zip(*batches):
     assert theirs.is_cuda and (ours - theirs.cpu()).abs().max() < 0.1  # a few of 255 grey levels
 """
 
 
-def test_views_on_a_card():
-    """A GPU makes the views that a CPU makes of the same seed, to grey levels."""
-    if not shutil.which("nvidia-smi"):
-        pytest.skip("needs a GPU")
+needs_a_card = pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a GPU")
+
+
+def run_on_a_card(*words):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": os.environ["CARDS"]}
-    result = subprocess.run([sys.executable, "-c", ON_A_CARD], cwd=HERE, env=environment)
+    result = subprocess.run([sys.executable, *words], cwd=HERE, env=environment)
     if result.returncode == 5:
         pytest.skip("needs a GPU")
     assert result.returncode == 0
+
+
+@needs_a_card
+def test_views_on_a_card():
+    """A GPU makes the views that a CPU makes of the same seed, to grey levels."""
+    run_on_a_card("-c", ON_A_CARD)
 
 
 # -------------------------------------------------------------------------------------- data sets
@@ -1200,18 +1217,10 @@ def train_teacher(folder, out, more=""):
     return train.train(training, options)
 
 
-def student_options(words):
-    """The options of `distill.py WORDS`, and the teacher that they name."""
-    options = distill.parse_options(words.split())
-    net, content = evaluate.load_network(options.teacher)
-    distill.complete_options(options, net, content["options"])
-    return options, net
-
-
 def distil_student(teacher, out, more=""):
     """The student of `distill.py --teacher teacher --out out`, made small, and its teacher."""
     words = f"--teacher {teacher} --out {out} --student-size 32 --views 2 {SMALL} {more}"
-    options, net = student_options(words)
+    options, net = distill.parse_options(words.split())
     training, _ = train.load_images(options)
     learn = distill.regress if options.regression else distill.distill
     return learn(net, training, options), net
@@ -1325,7 +1334,7 @@ def test_the_students_loop():
 @pytest.mark.parametrize("mixup", [True, False])
 def test_the_options_of_the_views(mixup, teacher, tmp_path, monkeypatch):
     """They reach the loader, which is told each epoch."""
-    given, epochs, make = {}, [], distill.distillation_loader
+    given, epochs, make = {}, [], distill.DistillationLoader
 
     def noted(dataset, student_size, teacher_size, **others):
         given.update(others, student_size=student_size, teacher_size=teacher_size)
@@ -1333,7 +1342,7 @@ def test_the_options_of_the_views(mixup, teacher, tmp_path, monkeypatch):
         monkeypatch.setattr(loader.sampler, "set_epoch", epochs.append)
         return loader
 
-    monkeypatch.setattr(distill, "distillation_loader", noted)
+    monkeypatch.setattr(distill, "DistillationLoader", noted)
     more = "--views 3 --min-scale 0.3 --epochs 3 --epoch-size 7 --seed 5 --teacher-size 40"
     distil_student(teacher, tmp_path, more + " --no-mixup" * (not mixup))
     expected = {"views": 3, "min_scale": 0.3, "epoch_size": 7, "seed": 5, "batch_size": 4}
@@ -1444,12 +1453,12 @@ def test_regression_compares_the_evaluation_crops(teacher, tmp_path):
 
 def test_what_a_student_takes_from_its_teacher(folder, teacher, tmp_path):
     """Data set, network, weights to start from, large size; a command line may say otherwise."""
-    options, _ = student_options(f"--teacher {teacher} --out {tmp_path}")
+    options, _ = distill.parse_options(f"--teacher {teacher} --out {tmp_path}".split())
     assert (options.dataset, options.arch, options.dim) == (str(folder), "resnet10-narrow", 8)
     assert (options.teacher_size, options.student_size) == (48, 224)
     assert options.weights == "random" and set(options.classes) == {"class0", "class1", "class2"}
     words = f"--teacher {teacher} --out {tmp_path} --arch resnet18 --dim 4 --teacher-size 64"
-    options, _ = student_options(words)
+    options, _ = distill.parse_options(words.split())
     assert (options.arch, options.weights, options.dim) == ("resnet18", "imagenet", 4)
     assert options.teacher_size == 64
 
@@ -1459,7 +1468,7 @@ def test_a_student_may_learn_from_images_that_its_teacher_never_saw(teacher, pho
     write_images(*(tmp_path / "B" / f"kind{i % 4}" / f"{i}.png" for i in range(16)))
     for folder, count in ((tmp_path / "B", 8), (photographs, 36)):
         words = f"--teacher {teacher} --out {tmp_path / 'out'} --dataset {folder} --workers 0"
-        training, test = train.load_images(student_options(words)[0])
+        training, test = train.load_images(distill.parse_options(words.split())[0])
         assert len(training) == count and (test.labels is None) == (folder == photographs)
 
 
@@ -1470,7 +1479,7 @@ def test_the_classes_that_train_stay_when_folders_are_added(folder, tmp_path, ca
     write_images(copy / "another" / "1.png", copy / "another" / "2.png")
     os.remove(copy / "class1" / "0.png")
     words = f"--teacher {tmp_path / 'run' / 'model.pt'} --out {tmp_path / 'student'} --workers 0"
-    training, test = train.load_images(student_options(words)[0])
+    training, test = train.load_images(distill.parse_options(words.split())[0])
     assert names_of_classes(copy, training) == ["class0", "class1", "class2"]
     assert names_of_classes(copy, test) == ["another", "class3", "class4", "class5"]
     assert "class1 trained with 5 images, now has 4" in capsys.readouterr().out
@@ -1548,6 +1557,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(work, folder, teacher, tmp_path, 
 def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
     with pytest.raises(UserError, match="loss is not finite in epoch .*: take a smaller --lr"):
         train_teacher(folder, tmp_path, "--lr 1e30 --epochs 3")
+
+
+@needs_a_card
+def test_training_on_a_card(tmp_path):
+    """Teacher and student learn, in bfloat16 where the card has it, and a student's run goes on."""
+    small = "--device cuda --epoch-size 64 --workers 0"
+    run_on_a_card("train.py", *small.split(), "--epochs", "1", "--out", tmp_path / "t")
+    student = f"{small} --teacher {tmp_path}/t/model.pt --epochs 2 --out {tmp_path}/s"
+    for _ in range(2):
+        run_on_a_card("distill.py", *student.split())
+    first, second = log_of(tmp_path / "s")
+    assert second["loss"] < first["loss"] and second["peak_gib"] > 0
 
 
 def test_two_processes(folder, teacher, tmp_path):
@@ -1853,7 +1874,7 @@ def test_index_and_search(folder, teacher, tmp_path, monkeypatch, run):
     assert code == 2 and "other.pt is of another network than the teacher of this student" in said
     line = "evaluate.py --teacher another/model.pt --student run/model.pt"
     code, _, said = run(line)
-    assert code == 2 and "run/model.pt is of another network" in said
+    assert code == 2 and "run/model.pt was not taught by this --teacher" in said
 
 
 def table_of(said):
@@ -1928,7 +1949,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
     code, said, _ = run(f"{teacher} {small} --size 48 --out runs/cub-448-seed1234")
     assert code == 0 and "teacher, symmetric" in said
-    options, _ = student_options(student.removeprefix("distill.py ") + " --teacher-size 448")
+    options, _ = distill.parse_options(student.split()[1:] + ["--teacher-size", "448"])
     assert options.out == "runs/cub-448to224-seed1234"
     out = "--out runs/cub-448to224-seed1234"
     code, said, _ = run(f"{student} {small} --views 2 --student-size 32 {out}")

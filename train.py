@@ -135,7 +135,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
 
 def others_of_group(anchors):
     """The positives of anchors in groups of 4 of a class: (b, D) -> (b, 3, D)."""
-    others = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+    others = torch.tensor([[j for j in range(GROUP) if j != i] for i in range(GROUP)])
     return anchors.unflatten(0, (-1, GROUP))[:, others].flatten(0, 1)
 
 
@@ -416,7 +416,8 @@ def load_images(options):
 # --------------------------------------------------------------------------- options, the program
 
 
-FLAG = {"action": "store_true", "default": None}  # None: the command line does not say
+# A flag that a student may take from its teacher. None: the command line does not say.
+FLAG = {"action": "store_true", "default": None}
 
 
 def add_common_options(parser):
@@ -475,7 +476,7 @@ def parse_options(argv=None):
     add_common_options(parser)
     options = parser.parse_args(argv)
     name, root = settle_dataset(options.dataset or "synthetic", options.root)
-    fill_in(options, RECIPES.get(name, RECIPES["folder"]))
+    fill_in(options, RECIPES.get(name, RECIPES["folder"]) | {"validation": False})
     options.dataset, options.root, options.unlabelled = name, root, False
     options.classes = {}  # of a folder, those that train: see `load_images`
     options.out = run_folder(options, options.size)
