@@ -143,7 +143,7 @@ def build_backbone(arch, pretrained):
         raise NetworkError(f"{arch} normalises in its own forward pass, which is not supported")
     from_imagenet = pretrained is True
     mean, std = MEAN, STD
-    try:
+    try:  # model: the whole classifier; backbone: those of its layers that are kept
         if arch.startswith("timm/"):
             import timm
 

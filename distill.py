@@ -284,38 +284,36 @@ def parse_options(argv=None, teacher=None):
 
 def complete_options(options, teacher, trained):
     """Fill in what the command line leaves open: by the teacher, else by the data set's recipe."""
-    from_teacher = {} if teacher is None else options_of_teacher(teacher, trained, options)
-    dataset = options.dataset or from_teacher.get("dataset", "synthetic")
-    root = options.root or from_teacher.get("root")
-    options.dataset, options.root = settle_dataset(dataset, root)
+    dataset = options.dataset or trained.get("dataset")
+    if dataset is None and teacher is not None:
+        raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
+    options.dataset, options.root = settle_dataset(dataset or "synthetic", options.root)
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
         options.unlabelled = True
+
     recipe = RECIPES.get(options.dataset, RECIPES["folder"])
     if teacher is None and options.unlabelled:
         recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
-    others = {"unlabelled": False, "validation": False, "classes": {}}
-    train.fill_in(options, recipe | others | from_teacher)
+    network = {} if teacher is None else network_of_teacher(teacher, trained, options)
+    images = {"unlabelled": False, "validation": False, "classes": {}}
+    if options.dataset == trained.get("dataset"):
+        images = {name: trained[name] for name in ("root", *images)}
+    train.fill_in(options, recipe | network | images)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 
 
-def options_of_teacher(teacher, trained, options):
-    """What a student takes from its teacher where the command line is silent.
+def network_of_teacher(teacher, trained, options):
+    """The size and network that a student takes from its teacher.
 
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
-    from_teacher = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
+    network = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
     if options.arch in (None, teacher.arch):
         if "weights" in trained:
-            from_teacher["weights"] = trained["weights"]
+            network["weights"] = trained["weights"]
         if not isinstance(teacher.whiten, torch.nn.Linear):
-            from_teacher["dim"] = 0  # the same backbone has as many dimensions; others need a layer
-    if options.dataset is None and not trained:
-        raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-    name = options.dataset or trained["dataset"]
-    if settle_dataset(name, options.root)[0] == trained.get("dataset"):
-        for option in ("dataset", "root", "unlabelled", "classes", "validation"):
-            from_teacher[option] = trained[option]
-    return from_teacher
+            network["dim"] = 0  # the same backbone has as many dimensions; others need a layer
+    return network
 
 
 def check_options(options, teacher, trained):

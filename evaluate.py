@@ -295,7 +295,8 @@ def compare(
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
     # A search: its name, the queries' network and size in px, and the database's network.
-    searches = [("teacher, symmetric", teacher, teacher.size, teacher)]
+    name = "teacher, symmetric" if students or supervised else "symmetric"
+    searches = [(name, teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
         searches.append(("no distillation", teacher, size, teacher))
     for number, net in numbered(supervised):

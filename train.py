@@ -278,6 +278,7 @@ class Run:
         add_over_processes([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.lr = self.schedule.get_last_lr()[0]  # of this step, for the log
         self.schedule.step()
         self.show_progress()
 
@@ -298,7 +299,7 @@ class Run:
         loss = self.loss.item() / images
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch}: take a smaller --lr")
-        entry = {"epoch": epoch, "loss": loss, "lr": self.schedule.get_last_lr()[0]}
+        entry = {"epoch": epoch, "loss": loss, "lr": self.lr}
         entry |= {"seconds": seconds, "images_per_s": images / seconds}
         if self.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
