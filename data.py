@@ -35,8 +35,8 @@ class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. A program ends with its text."""
 
 
-# torchrun starts a program as several processes; each takes its share of an epoch's images. The
-# rest of what this needs is in evaluate.py's chapter on running a program.
+# torchrun starts a program as several processes; each takes its share of an epoch's images. This
+# much is here because the file is copied alone, the rest in evaluate.py.
 
 
 def process_rank():

@@ -298,7 +298,7 @@ def complete_options(options, teacher, trained):
     images = {"unlabelled": False, "validation": False, "classes": {}}
     if options.dataset == trained.get("dataset"):
         images = {name: trained[name] for name in ("root", *images)}
-    train.fill_in(options, recipe | network | images)
+    train.fill_in(options, recipe | network | images)  # the last one counts
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 
 

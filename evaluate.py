@@ -626,8 +626,11 @@ class Progress:
         self.skipped += self.share * part
         self.done += self.share * part
 
-    def advance(self, part, note=""):
-        """A part of the stage is done. Where there is no terminal, a line every half minute."""
+    def advance(self, part, note=None):
+        """A part of the stage is done. Where there is no terminal, a line every half minute.
+
+        note: a function that says more, called when the line is shown.
+        """
         self.done += self.share * part
         if process_rank() > 0:
             return
@@ -640,7 +643,8 @@ class Progress:
         if now - self.shown < (0.2 if terminal else 30) and not last:
             return
         self.shown = now
-        line = f"{self.title}: {self.done:4.0%}{note}, {format_time(left)} left"
+        more = note() if note else ""
+        line = f"{self.title}: {self.done:4.0%}{more}, {format_time(left)} left"
         if last:  # what was short is not worth a line
             line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
         if terminal:

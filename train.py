@@ -202,9 +202,9 @@ def mine(net, dataset, classes, epoch, options):
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
     rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
 
-    groups = rows.view(-1, GROUP, 1 + NEGATIVES)
-    share = len(groups) // process_count()  # as many groups for each process
-    return groups[process_rank() :: process_count()][:share].flatten(0, 1)
+    rows = rows.view(-1, GROUP, 1 + NEGATIVES)  # whole groups, as many for each process
+    share = len(rows) // process_count()
+    return rows[process_rank() :: process_count()][:share].flatten(0, 1)
 
 
 # ------------------------------------------------------------ what teacher and student runs share
@@ -248,7 +248,7 @@ class Run:
             max_lr=options.lr,
             total_steps=options.epochs * self.steps,
             div_factor=DIV_FACTOR,  # it also moves AdamW's beta1, from 0.95 to 0.85 and back
-            last_epoch=self.first_epoch * self.steps - 1,
+            last_epoch=self.first_epoch * self.steps - 1,  # torch's name for the last step
         )
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,15 +280,14 @@ class Run:
         self.optimizer.zero_grad()
         self.lr = self.schedule.get_last_lr()[0]  # of this step, for the log
         self.schedule.step()
-        self.show_progress()
+        self.progress.advance(1 / (self.steps * self.options.epochs), self.describe_epoch)
 
-    def show_progress(self):
-        # last_epoch is torch's name for the steps that were taken.
+    def describe_epoch(self):
+        """For the line of progress: the epoch and its loss so far."""
         steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
         images = min(self.images, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
-        note = f", {epoch}, loss {self.loss.item() / images:.4g}"
-        self.progress.advance(1 / (self.steps * self.options.epochs), note)
+        return f", {epoch}, loss {self.loss.item() / images:.4g}"
 
     def end_epoch(self):
         """Log the epoch and save the run."""
@@ -367,11 +366,12 @@ def divide_batch(options, group):
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
     share = group * max(1, round(options.batch_size / (group * process_count())))
-    if share * process_count() != options.batch_size:
-        say(f"note: a step is {share * process_count()} images, {share} in each process")
-    sizes = range(group, min(options.micro_batch, share) + 1, group)
-    micro_batch = max(size for size in sizes if share % size == 0)
-    return micro_batch, share // micro_batch
+    largest = min(options.micro_batch, share)
+    micro_batch = max(n for n in range(group, largest + 1, group) if share % n == 0)
+    step, count = share * process_count(), share // micro_batch
+    if step != options.batch_size or micro_batch < largest:
+        say(f"note: a step is {step} images, in each process {count} x {micro_batch}")
+    return micro_batch, count
 
 
 def new_network(options, pooling, size):
@@ -479,7 +479,7 @@ def parse_options(argv=None):
     name, root = settle_dataset(options.dataset or "synthetic", options.root)
     fill_in(options, RECIPES.get(name, RECIPES["folder"]) | {"validation": False})
     options.dataset, options.root, options.unlabelled = name, root, False
-    options.classes = {}  # of a folder, those that train: see `load_images`
+    options.classes = {}  # no option, but kept with them: the folder's classes that train
     options.out = run_folder(options, options.size)
     return options
 
