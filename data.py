@@ -520,7 +520,7 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
         dataset = load_photographs(folder, split)
     else:
         dataset = load_class_folders(folder, split, training_classes)
-    if split in ("fit", "val") and dataset.labels is not None:
+    if split in ("fit", "val"):
         fit = first_half(sorted(set(dataset.labels)))
         dataset = select_classes(dataset, fit, inside=split == "fit")
     if not len(dataset):
