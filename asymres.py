@@ -158,8 +158,11 @@ def build_backbone(arch, pretrained):
         else:
             weights = "IMAGENET1K_V1" if from_imagenet else None
             model = torchvision.models.get_model(arch, weights=weights)
-            layers = [layer for name, layer in model.named_children() if name not in HEAD]
-            backbone = getattr(model, "features", nn.Sequential(*layers))
+            if hasattr(model, "features"):
+                backbone = model.features
+            else:
+                layers = [layer for name, layer in model.named_children() if name not in HEAD]
+                backbone = nn.Sequential(*layers)
             if isinstance(model, torchvision.models.DenseNet):  # its forward goes on with a ReLU
                 backbone.add_module("relu", nn.ReLU(inplace=True))
     except Exception as error:  # an unknown name, no timm, no download: each raises its own kind

@@ -140,8 +140,9 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     """Draw `views` views of each of B images (3, H, W).
 
     A view's partner for mixup is any other image of the pool; one that is alone is its own partner.
-    The partner's crop comes from the same random numbers, in its own frame; flip and colours are
-    the same. rng: numpy's Generator.
+    The partner's crop comes from the same random numbers, in its own frame, where now and then
+    another of the ten attempts is the first that fits; flip and colours are the same. rng: numpy's
+    Generator.
     """
     count = len(images) * views
     attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten for each view's box

@@ -76,7 +76,8 @@ EGGS = dict(
     lambda_ts=0.75,
     lambda_ss=0.75,
 )
-RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": CUB, "synthetic": EGGS}
+FOLDER = CUB | dict(epochs=5, batch_size=16, lr=3e-4)  # tried on rendered products
+RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": FOLDER, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------------- distillation
 
@@ -297,7 +298,8 @@ def complete_options(options, teacher, trained):
     network = {} if teacher is None else network_of_teacher(teacher, trained, options)
     images = {"unlabelled": False, "validation": False, "classes": {}}
     if options.dataset == trained.get("dataset"):
-        images = {name: trained[name] for name in ("root", *images)}
+        same = ("root", "unlabelled", "validation", "classes")
+        images = {name: trained[name] for name in same}
     train.fill_in(options, recipe | network | images)  # the last one counts
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 

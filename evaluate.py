@@ -66,7 +66,7 @@ def retrieval_metrics(
 
     same_images   query i and row i of the database are one image, which is no answer to itself;
                   False: two sets
-    chunk         scores held at a time
+    chunk         scores counted at a time; memory holds twice as many
 
     The n images of the query's label are correct. The correct image j = 0, 1, ..., n - 1, from the
     best one on, has rank r where r images come before it; at equal scores wrong ones come first. A
@@ -152,8 +152,9 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     columns = database.T.contiguous()  # (D, N)
     # Scores, and where they are at least as high, as 0.0 or 1.0, which a CPU adds up faster than
     # booleans. All chunks use the same memory: to ask for it anew takes as long as to count.
-    buffers = database.new_empty(2, max(1, chunk // len(database)), len(database))
-    for q in order.split(buffers.shape[1]):
+    at_once = min(len(order), max(1, chunk // len(database)))
+    buffers = database.new_empty(2, at_once, len(database))
+    for q in order.split(at_once):
         scores, at_least = buffers[:, : len(q)]  # (q, N) each
         torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:

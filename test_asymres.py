@@ -194,6 +194,16 @@ def test_negative_probabilities_follow_the_formula(dtype):
         asymres.negative_probabilities(anchors, pool, torch.zeros(3), torch.zeros(46))
 
 
+def test_negative_probabilities_by_hand():
+    """D = 4: at squared distances 1 and 2 the weights are 1 / sqrt(3/4) and 1/2 * sqrt(2)."""
+    anchor = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    pool = torch.tensor([[0.5, 0.75**0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    own, others = torch.tensor([7]), torch.tensor([1, 2, 7])
+    weights = torch.tensor([[1.1547005, 0.7071068, 0.0]])
+    probabilities = asymres.negative_probabilities(anchor, pool, own, others)
+    assert_close(probabilities, weights / weights.sum(), atol=1e-5, rtol=0)
+
+
 def test_negatives_are_drawn_with_these_probabilities():
     """A chi-square test; 51.2 is the 0.001 critical value at 24 degrees of freedom."""
     pool, labels, n = unit_vectors(30, 8, seed=3), torch.arange(30) // 6, 20_000
