@@ -23,7 +23,6 @@ from data import (
     evaluation_loader,
     has_images_directly,
     normalize,
-    process_count,
     process_rank,
     say,
     settle_dataset,
@@ -140,7 +139,7 @@ def start_run(teacher, dataset, options, student=None, progress=None):
         )
     teacher.to(find_device(options.device), memory_format=torch.channels_last)
     teacher.eval().requires_grad_(False)
-    images = min(options.epoch_size, len(dataset)) // process_count()  # this process's share
+    images = len(EpochSampler(len(dataset), options.epoch_size))  # in this process
     run = train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
     return student, run
 

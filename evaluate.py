@@ -300,11 +300,11 @@ def compare(
     searches = [(name, teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
         searches.append(("no distillation", teacher, size, teacher))
-    for number, net in numbered(supervised):
-        searches.append((f"labels{number}, symmetric", net, net.size, net))
-    for number, net in numbered(students):
-        searches.append((f"student{number}, asymmetric", net, net.size, teacher))
-        searches.append((f"student{number}, symmetric", net, net.size, net))
+    for which, net in numbered(supervised):
+        searches.append((f"labels{which}, symmetric", net, net.size, net))
+    for which, net in numbered(students):
+        searches.append((f"student{which}, asymmetric", net, net.size, teacher))
+        searches.append((f"student{which}, symmetric", net, net.size, net))
     for _, net, size, _ in searches:
         if (net, size) not in embedded:
             vectors = extract(net, dataset, size, device, workers=workers, precision=precision)

@@ -1,14 +1,10 @@
-"""Render the image set "products": about 690 pieces of furniture and household things.
+"""Render the image set "products": about 690 pieces of furniture, from all around, a class each.
 
     python .github/render_products.py DIR       # DIR/<model>/<view>.jpg; ten minutes on one core
 
-Each 3D model is a class: 10 images from all around, each in its own light and on its own plain or
-cloudy ground, the same for everybody. A second run goes on where the first stopped.
-
-Needs `pip install "vtk>=9.6" pillow numpy`, the libraries libegl1 and libgl1, and Debian's package
-sweethome3d-furniture: apt-get (after an update) downloads it into ~/.cache, 120 MB, or --package
-tells where it is unpacked. Its usr/share/doc/sweethome3d-furniture/copyright names the models'
-authors and licences, CC-BY 3.0 and CC0. Do not commit the images.
+The same for everybody; a second run goes on. Needs pip install "vtk>=9.6" pillow numpy, libegl1,
+libgl1 and Debian's sweethome3d-furniture, which apt-get downloads into ~/.cache; its copyright file
+names the models' authors and licences, CC-BY 3.0 and CC0. Do not commit the images.
 """
 
 import argparse
@@ -25,6 +21,7 @@ from PIL import Image
 
 
 def download_package():
+    """The folder of Debian's package, downloaded and unpacked once."""
     cache = Path.home() / ".cache/sweethome3d-furniture"
     cache.mkdir(parents=True, exist_ok=True)
     get = "apt-get download sweethome3d-furniture && dpkg-deb -x *.deb new && mv new package"
@@ -32,13 +29,15 @@ def download_package():
     return cache / "package"
 
 
-def unpack_models(package, folder):  # [.obj file], without the plainest and the slowest
+def unpack_models(package, folder):
+    """A list of .obj files, without the plainest and the slowest."""
     for name in ("BlendSwap-CC-0", "BlendSwap-CC-BY", "KatorLegaz", "Scopia"):
         ZipFile(package / f"usr/share/sweethome3d/furniture/{name}.sh3f").extractall(folder / name)
     return [obj for obj in sorted(folder.rglob("*.obj")) if 20e3 < obj.stat().st_size < 8e6]
 
 
 def load_model(file, size):
+    """A window of size x size px and its renderer, with the model in it."""
     window = vtk.vtkEGLRenderWindow(size=(size, size), multi_samples=4, alpha_bit_planes=1)
     renderer = vtk.vtkRenderer(background_alpha=0)
     window.AddRenderer(renderer)
@@ -52,7 +51,8 @@ def load_model(file, size):
     return window, renderer
 
 
-def set_camera_and_lights(renderer, turn, rng):  # turn: degrees of the camera's way around
+def set_camera_and_lights(renderer, turn, rng):
+    """Look at the model from `turn` degrees of the way around it, in a light of its own."""
     low, high = np.reshape(renderer.ComputeVisiblePropBounds(), (3, 2)).T
     centre, tilt = (low + high) / 2, rng.uniform(5, 50)
     distance = np.linalg.norm(high - low) * rng.uniform(1.85, 2.4)
@@ -69,7 +69,8 @@ def set_camera_and_lights(renderer, turn, rng):  # turn: degrees of the camera's
     renderer.AddLight(flash)
 
 
-def draw_ground(size, rng):  # two colours in clouds of three sizes, or only one
+def draw_ground(size, rng):
+    """(size, size, 3): two colours in clouds of three sizes, or only one colour."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     colour, other = numbers.integers(40, 256, (2, 3))
     grids = [Image.fromarray((numbers.random((n, n)) * 255).astype("uint8")) for n in (3, 12, 48)]
@@ -78,6 +79,7 @@ def draw_ground(size, rng):  # two colours in clouds of three sizes, or only one
 
 
 def render_model(file, target, options):
+    """Write the views of a model into the folder `target`, unless next to nothing is seen."""
     size, (window, renderer) = options.size, load_model(file, options.size)
     rng, images, covered = random.Random(target.name), file.parent / "images", []
     images.mkdir()
@@ -91,7 +93,7 @@ def render_model(file, target, options):
         image = pixels[..., :3] * opacity + draw_ground(size, rng) * (1 - opacity)
         Image.fromarray(image.astype("uint8")).save(images / f"{view:02d}.jpg", quality=92)
         covered.append((opacity > 0.5).mean())
-    if np.median(covered) >= 0.02:  # else next to nothing is seen
+    if np.median(covered) >= 0.02:
         images.rename(target)
 
 
@@ -100,7 +102,6 @@ if __name__ == "__main__":
     parser.add_argument("dir", type=Path, help="another one for other --views or --size")
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--size", type=int, default=192)
-    parser.add_argument("--models", type=int, default=9999, help="stop at so many")
     parser.add_argument("--package", type=Path, help="where the package is unpacked")
     options = parser.parse_args()
     package, count = options.package or download_package(), 0
@@ -109,7 +110,7 @@ if __name__ == "__main__":
     with TemporaryDirectory(dir=options.dir, prefix=".") as work:
         for file in unpack_models(package, Path(work)):
             target = options.dir / "__".join(file.relative_to(work).with_suffix("").parts)
-            if count < options.models and not target.exists():
+            if not target.exists():
                 child = ForkProcess(target=render_model, args=(file, target, options))
                 child.start()  # a process of its own, for VTK crashes on a few files
                 child.join()
