@@ -2,9 +2,8 @@
 
     python .github/render_products.py DIR       # DIR/<model>/<view>.jpg; ten minutes on one core
 
-The same for everybody; a second run goes on. Needs pip install "vtk>=9.6" pillow numpy, libegl1,
-libgl1 and Debian's sweethome3d-furniture, which apt-get downloads into ~/.cache; its copyright file
-names the models' authors and licences, CC-BY 3.0 and CC0. Do not commit the images.
+Needs pip install "vtk>=9.6" pillow numpy, libegl1, libgl1 and Debian's sweethome3d-furniture, which
+apt-get gets into ~/.cache. Licences, CC-BY 3.0 and CC0, are in it. Do not commit the images.
 """
 
 import argparse
