@@ -101,7 +101,7 @@ class EmbeddingNet(nn.Module):
         else:
             self.pool = GeM(channels=channels if pooling == "gemmp" else 1)
         self.whiten = nn.Linear(channels, dim) if dim else nn.Identity()
-        self.dim = dim or channels
+        self.whitening, self.dim = dim, dim or channels
         self.expect_normalisation(mean, std)
         self.train()
 
@@ -359,7 +359,7 @@ def save_checkpoint(path, net, **extra):
     meta = {
         "architecture": net.arch,
         "pooling": net.pooling,
-        "whitening": net.dim if isinstance(net.whiten, nn.Linear) else 0,
+        "whitening": net.whitening,
         "outputdim": net.dim,
         "mean": list(net.mean),
         "std": list(net.std),

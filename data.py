@@ -361,27 +361,28 @@ def decode_evaluation_crop(images, i, size):
     return TF.pil_to_tensor(evaluation_crop(to_rgb(images[i]), size))
 
 
-def decoding_loader(dataset, batches, max_pixels, workers, device):
-    """A DataLoader that decodes images by lists of indices; `to_images` unpacks what it gives."""
+def worker_loader(dataset, function, batches, workers, device="cpu", collate=None):
+    """A DataLoader of function(dataset, i) for each i of the lists of indices in `batches`."""
     return DataLoader(
-        InWorkers(dataset, partial(decode, max_pixels=max_pixels)),
+        InWorkers(dataset, function),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=pack_images,
+        collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=ignore_ctrl_c,
     )
 
 
+def decoding_loader(dataset, batches, max_pixels, workers, device):
+    """A DataLoader of whole images; `to_images` unpacks what it gives."""
+    decode_one = partial(decode, max_pixels=max_pixels)
+    return worker_loader(dataset, decode_one, batches, workers, device, pack_images)
+
+
 def evaluation_loader(dataset, size, batches, workers, device):
-    """A DataLoader of evaluation crops, uint8 (b, 3, size, size), by lists of b indices."""
-    return DataLoader(
-        InWorkers(dataset, partial(decode_evaluation_crop, size=size)),
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_ctrl_c,
-    )
+    """A DataLoader of evaluation crops, uint8 (b, 3, size, size)."""
+    crop_one = partial(decode_evaluation_crop, size=size)
+    return worker_loader(dataset, crop_one, batches, workers, device)
 
 
 def pack_images(images):
@@ -464,15 +465,14 @@ class ImageDataset(Dataset):
 
     paths             files; [] for drawn images, which are given as images, uint8 (N, H, W, 3)
     labels            a list of ints, one for each image, or None for images without labels
-    training_classes  {name: number of images} of the classes that train, of a folder that has a
-                      sub-folder for each class; {} otherwise
+    training_classes  names of a folder's classes that train; [] where there is no such folder
     """
 
     def __init__(self, paths=(), labels=None, images=None):
         self.paths = list(paths)
         self.labels = None if labels is None else list(labels)
         self.images = images
-        self.training_classes = {}
+        self.training_classes = []
 
     def __len__(self):
         return len(self.paths) if self.images is None else len(self.images)
@@ -504,9 +504,8 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
                       training classes, are for choosing settings
     unlabelled        any folder of photographs: every tenth by name is "test". A folder with images
                       directly in it is always taken so; any other has a sub-folder for each class
-    training_classes  names of a folder's classes that train, so that classes that were added since
-                      are test classes. By default, and in a folder that has none of them, the first
-                      half by name
+    training_classes  names of a folder's classes that train; all others, as those that were added
+                      since, are test classes. By default the first half by name
 
     Raises UserError, which says what is expected.
     """
@@ -581,22 +580,14 @@ def load_class_folders(folder, split, training_classes=None):
     names = sorted(by_class)
     paths = [path for name in names for path in by_class[name]]
     labels = [label for label, name in enumerate(names) for _ in by_class[name]]
-    training = [name for name in names if name in (training_classes or ())]
-    if not training:  # none were given, or they are another folder's
-        training = first_half(names)
+    training = list(training_classes or first_half(names))
+    missing = [name for name in training if name not in names]
+    if missing and split != "test":
+        raise UserError(f"{folder} has no images of the training classes {', '.join(missing)}")
     dataset = ImageDataset(paths, labels)
-    dataset.training_classes = {name: len(by_class[name]) for name in training}
-    return select_classes(dataset, map(names.index, training), inside=split != "test")
-
-
-def note_changes(before, now):
-    """Say which of a folder's training classes have other numbers of images than when it trained.
-
-    before, now: {name: number of images}. Folders that have no class in common are not compared.
-    """
-    for name in before if set(before) & set(now) else ():
-        if before[name] != now.get(name, 0):
-            say(f"note: {name} trained with {before[name]} images, now has {now.get(name, 0)}")
+    dataset.training_classes = training
+    training_labels = [label for label, name in enumerate(names) if name in training]
+    return select_classes(dataset, training_labels, inside=split != "test")
 
 
 def load_published(name, root, split):
@@ -668,12 +659,8 @@ def keep_readable(dataset, workers=0):
 
     Raises UserError where fewer than nine of ten can be read.
     """
-    checks = DataLoader(
-        InWorkers(dataset, find_mistake),
-        batch_size=64,
-        num_workers=workers,
-        worker_init_fn=ignore_ctrl_c,
-    )
+    batches = BatchSampler(range(len(dataset)), 64, drop_last=False)
+    checks = worker_loader(dataset, find_mistake, batches, workers)
     mistakes = [mistake for batch in checks for mistake in batch]
     rows = [i for i, mistake in enumerate(mistakes) if not mistake]
     unreadable = [mistake for mistake in mistakes if mistake]

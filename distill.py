@@ -251,7 +251,7 @@ def parse_options(argv=None, teacher=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nWith --teacher its size, network, dimensions and start (weights) come before these.",
+        + "\nWith --teacher its size, network and dimensions come before these.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
@@ -262,7 +262,12 @@ def parse_options(argv=None, teacher=None):
         help="cub, cars, sop, synthetic or a folder (default: the teacher's, or synthetic)",
     )
     add("--root", help="folder that holds the data set (default: where the teacher found it)")
-    add("--unlabelled", **train.FLAG, help="a folder in any arrangement, without labels")
+    add(
+        "--unlabelled",
+        action="store_true",
+        default=None,
+        help="a folder in any arrangement, without labels",
+    )
     add("--teacher-size", type=number(int, 1), metavar="PX", help="of the teacher's images (*)")
     add("--student-size", type=number(int, 1), metavar="PX", help="of the student's images (*)")
     add("--weights", help="to start from: imagenet, random, teacher (the teacher's), a file (*)")
@@ -283,7 +288,10 @@ def parse_options(argv=None, teacher=None):
 
 
 def complete_options(options, teacher, trained):
-    """Fill in what the command line leaves open: by the teacher, else by the data set's recipe."""
+    """Fill in what the command line leaves open: by the teacher, else by the data set's recipe.
+
+    trained: the options of the teacher's training, {} for the authors' teachers.
+    """
     dataset = options.dataset or trained.get("dataset")
     if dataset is None and teacher is not None:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
@@ -291,30 +299,21 @@ def complete_options(options, teacher, trained):
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
         options.unlabelled = True
 
-    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
-    if teacher is None and options.unlabelled:
-        recipe = recipe | {"dim": 0}  # the teacher will be an ImageNet network as it comes
-    network = {} if teacher is None else network_of_teacher(teacher, trained, options)
-    images = {"unlabelled": False, "validation": False, "classes": {}}
+    defaults = RECIPES.get(options.dataset, RECIPES["folder"])
+    defaults = defaults | {"unlabelled": False, "validation": False, "classes": []}
+    if teacher is not None:
+        defaults |= {
+            "teacher_size": teacher.size,
+            "arch": teacher.arch,
+            "dim": teacher.whitening,
+        }
+    elif options.unlabelled:
+        defaults["dim"] = 0  # the teacher will be an ImageNet network as it comes
     if options.dataset == trained.get("dataset"):
-        same = ("root", "unlabelled", "validation", "classes")
-        images = {name: trained[name] for name in same}
-    train.fill_in(options, recipe | network | images)  # the last one counts
+        for name in ("root", "unlabelled", "validation", "classes"):
+            defaults[name] = trained[name]
+    train.fill_in(options, defaults)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
-
-
-def network_of_teacher(teacher, trained, options):
-    """The size and network that a student takes from its teacher.
-
-    trained: the options of the teacher's training, {} for the authors' teachers.
-    """
-    network = {"arch": teacher.arch, "teacher_size": teacher.size, "dim": teacher.dim}
-    if options.arch in (None, teacher.arch):
-        if "weights" in trained:
-            network["weights"] = trained["weights"]
-        if not isinstance(teacher.whiten, torch.nn.Linear):
-            network["dim"] = 0  # the same backbone has as many dimensions; others need a layer
-    return network
 
 
 def check_options(options, teacher, trained):

@@ -41,7 +41,6 @@ from data import (
     list_images,
     load_readable,
     normalize,
-    note_changes,
     process_count,
     process_rank,
     read_image,
@@ -594,7 +593,7 @@ def default_workers():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=28)
+HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
 
 
 def number(kind, low, high=math.inf):
@@ -844,10 +843,9 @@ def load_test_images(options, saved):
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"
     unlabelled = options.unlabelled or (not options.dataset and trained.get("unlabelled", False))
-    classes, workers = trained.get("classes", {}), options.workers
+    classes, workers = trained.get("classes"), options.workers
     root = root or trained.get("root")
     test = load_readable(name, root, split, unlabelled, classes, workers)
-    note_changes(classes, test.training_classes)
     others = None
     if test.labels is None:
         others = load_readable(name, root, "train", unlabelled=True, workers=workers)

@@ -27,7 +27,6 @@ from asymres import (
 from data import (
     UserError,
     load_readable,
-    note_changes,
     process_count,
     process_rank,
     random_crops,
@@ -105,8 +104,8 @@ def train(dataset, options, net=None, progress=None):
     net = net or new_network(options, options.pooling, options.size)
     net.size = options.size
     classes = usable_classes(dataset.labels)
-    groups = count_groups(classes, options.epoch_size)
-    anchors = GROUP * (groups // process_count())  # of an epoch, in this process
+    groups = draw_groups(classes, options.epoch_size, np.random.default_rng(0))
+    anchors = GROUP * (len(groups) // process_count())  # of each epoch, in this process
     run = Run(net, options, anchors, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, classes, epoch, options)
@@ -156,18 +155,15 @@ def usable_classes(labels):
     return classes
 
 
-def count_groups(classes, epoch_size):
-    """How many groups of anchors an epoch has: of each class as many as the smallest one has."""
-    smallest = min(map(len, classes))
-    return max(1, min(len(classes) * (smallest // GROUP), epoch_size // GROUP))
-
-
 def draw_groups(classes, epoch_size, rng):
-    """An epoch's anchors (G, 4), groups of a class, in random order. rng: numpy's Generator."""
+    """An epoch's anchors (G, 4): groups of a class, in random order. rng: numpy's Generator.
+
+    Of each class as many as the smallest one has; at most epoch_size in all, or one group.
+    """
     anchors = min(map(len, classes)) // GROUP * GROUP  # of a class
     groups = [rng.permutation(images)[:anchors].reshape(-1, GROUP) for images in classes]
     groups = rng.permutation(np.concatenate(groups))
-    return groups[: count_groups(classes, epoch_size)]
+    return groups[: max(1, epoch_size // GROUP)]
 
 
 def mine(net, dataset, classes, epoch, options):
@@ -340,8 +336,8 @@ def average_statistics(net):
                 buffer /= process_count()
 
 
-# The teacher's path may change, its fingerprint may not; classes come from the checkpoint.
-MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "classes"}
+# The teacher's path may change, its fingerprint may not.
+MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher"}
 
 
 def refuse_other_run(saved, options, teacher):
@@ -392,11 +388,9 @@ def new_network(options, pooling, size):
 def load_images(options):
     """(images to train on, images to measure on), without those that cannot be read.
 
-    options.classes keeps which classes of a folder train, whatever is added to the folder later.
+    Fills in options.classes, where they are of a folder.
     """
-    path = Path(options.out, "model.pt")
-    if not options.classes and path.exists():  # a run that goes on
-        options.classes = read_checkpoint(path).get("options", {}).get("classes", {})
+    options.classes = options.classes or classes_of_run(options)
     splits = ("fit", "val") if options.validation else ("train", "test")
     training, test = (
         load_readable(
@@ -409,18 +403,23 @@ def load_images(options):
         )
         for split in splits
     )
-    note_changes(options.classes, training.training_classes)
     options.classes = training.training_classes
     if test.labels is not None and len(set(test.labels)) == len(test.labels):
         raise UserError(f"no test class of {options.dataset} has two images to find each other")
     return training, test
 
 
+def classes_of_run(options):
+    """The folder's classes with which the run in --out has begun, for others may be there now."""
+    path = Path(options.out, "model.pt")
+    saved = read_checkpoint(path).get("options", {}) if path.exists() else {}
+    return saved["classes"] if saved.get("dataset") == options.dataset else []
+
+
 # --------------------------------------------------------------------------- options, the program
 
 
-# A flag that a student may take from its teacher. None: the command line does not say.
-FLAG = {"action": "store_true", "default": None}
+# What the command line leaves open, None, is filled in by `fill_in`.
 
 
 def add_common_options(parser):
@@ -435,7 +434,18 @@ def add_common_options(parser):
     add("--micro-batch", type=number(int, 1), help="images (anchors) in the networks at once (*)")
     add("--lr", type=number(float, 1e-12), help="learning rate at its peak (*)")
     add("--min-scale", type=number(float, 1e-3, 1), help="smallest share of an image in a crop (*)")
-    add("--validation", **FLAG, help="train on half of the training classes, measure on the other")
+    add(
+        "--validation",
+        action="store_true",
+        default=None,
+        help="train on half of the training classes, measure on the other",
+    )
+    add(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="of a folder, that train (default: the first half by name)",
+    )
     add("--seed", type=number(int, 0), default=1234, help="of all that is random (1234)")
     add("--workers", type=number(int, 0), help="processes that decode images: one a core (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
@@ -479,9 +489,8 @@ def parse_options(argv=None):
     add_common_options(parser)
     options = parser.parse_args(argv)
     name, root = settle_dataset(options.dataset or "synthetic", options.root)
-    fill_in(options, RECIPES.get(name, RECIPES["folder"]) | {"validation": False})
     options.dataset, options.root, options.unlabelled = name, root, False
-    options.classes = {}  # no option, but kept with them: the folder's classes that train
+    fill_in(options, RECIPES.get(name, RECIPES["folder"]) | {"validation": False, "classes": []})
     options.out = run_folder(options, options.size)
     return options
 
