@@ -101,7 +101,8 @@ class EmbeddingNet(nn.Module):
         else:
             self.pool = GeM(channels=channels if pooling == "gemmp" else 1)
         self.whiten = nn.Linear(channels, dim) if dim else nn.Identity()
-        self.whitening, self.dim = dim, dim or channels
+        self.whitening = dim  # of the whitening layer; 0 where there is none
+        self.dim = dim or channels
         self.expect_normalisation(mean, std)
         self.train()
 
@@ -123,6 +124,8 @@ class EmbeddingNet(nn.Module):
         return self
 
     def forward(self, images):
+        if images.ndim < 4:
+            raise ValueError(f"images (B, 3, H, W) are needed, not {tuple(images.shape)}")
         x = images.flatten(0, -4)  # (..., 3, H, W) -> (N, 3, H, W); four dimensions stay four
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
@@ -134,14 +137,107 @@ class EmbeddingNet(nn.Module):
         return x.unflatten(0, images.shape[:-3])  # (..., D)
 
 
+# ------------------------------------------------- the student's loss: distillation, Sec. 3.3
+
+
+def distillation_loss(s, t, lambda_ts, lambda_ss):
+    """The loss of the student (Eq. 6), summed over images: unit vectors (B, A, D) twice -> scalar.
+
+    s[b, i] and t[b, i] are what student and teacher make of view i of image b. Views are related to
+    views of the same image only, and no label is needed. The teacher's should have no gradient.
+    """
+    return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
+
+
+def absolute_term(s, t):
+    """Eq. 3: sum_b 1/A sum_i (1 - s_bi . t_bi)^2. A view lands where the teacher puts it."""
+    return (1 - (s * t).sum(-1)).square().mean(1).sum()
+
+
+def ts_term(s, t):
+    """Eq. 4: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . t_bj - t_bi . t_bj)^2, student to teacher."""
+    difference = s @ t.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
+    return mean_over_pairs(difference.square()).sum()
+
+
+def ss_term(s, t):
+    """Eq. 5: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . s_bj - t_bi . t_bj)^2, student to student."""
+    difference = s @ s.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
+    return mean_over_pairs(difference.square()).sum()
+
+
+def mean_over_pairs(x):
+    """The mean over i != j: (B, A, A) -> (B,), or 0 where A is 1 and there are no pairs."""
+    views = x.shape[1]
+    diagonal = x.diagonal(dim1=1, dim2=2)  # (B, A)
+    return (x.sum((1, 2)) - diagonal.sum(1)) / max(1, views * (views - 1))
+
+
+# ------------------------------------------------------ the teacher's loss: triplets, Sec. 3.2
+
+
+def triplet_loss(anchors, positives, negatives, margin=0.7):
+    """Sum over anchors of the mean over P x M pairs of max(0, |a - p|^2 - |a - n|^2 + margin).
+
+    anchors (B, D), positives (B, P, D) and negatives (B, M, D) -> scalar (Sec. 3.2).
+    """
+    to_positives = (anchors[:, None] - positives).square().sum(-1)  # (B, P)
+    to_negatives = (anchors[:, None] - negatives).square().sum(-1)  # (B, M)
+    losses = F.relu(to_positives[:, :, None] - to_negatives[:, None, :] + margin)  # (B, P, M)
+    return losses.mean((1, 2)).sum()
+
+
+def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
+    """Distance-weighted sampling (Wu et al., ICCV 2017): how likely each image is to be a negative.
+
+    Unit vectors (Q, D) and (N, D), labels (Q,) and (N,) -> (Q, N), rows sum to 1, with 0 for the
+    anchor's own class. Uniform points on the sphere have distances d to the anchor of density
+    q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). A weight of 1/q(d), d >= 0.5, makes all distances equally
+    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others.
+    Raises ValueError where an anchor has no negative.
+    """
+    dim = anchors.shape[1]
+    own_class = anchor_labels[:, None] == pool_labels  # (Q, N)
+    if own_class.all(1).any():
+        raise ValueError("an anchor has no negatives in the pool")
+    # At d = 2 the weight is infinite: 4 - 1e-6 stays below it.
+    d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
+    log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
+    # The authors' maximum also runs over the own class, at 0, so that it is never below 0.
+    largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
+    weight = (log_weight - largest).exp() + 1e-6
+    weight = weight.masked_fill(own_class, 0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator=None):
+    """Rows (Q, count) of the pool, drawn by `negative_probabilities`, none twice for one anchor.
+
+    Raises ValueError where an anchor has fewer negatives than that.
+    """
+    largest_class = pool_labels.unique(return_counts=True)[1].max()
+    if len(pool_labels) - largest_class < count:
+        raise ValueError(f"an anchor has fewer than {count} negatives in the pool")
+    rows = []
+    for some, labels in zip(anchors.split(512), anchor_labels.split(512), strict=True):
+        probabilities = negative_probabilities(some, pool, labels, pool_labels)  # (512, N)
+        rows.append(torch.multinomial(probabilities, count, generator=generator))
+    return torch.cat(rows)
+
+
+# ----------------------------------------------------- backbones, and where their weights come from
+
+
 def build_backbone(arch, pretrained):
     """The layers of `arch` up to its last feature map, and the mean and std of its images.
 
     Its children are named as in the authors' checkpoints: `0.weight` is ResNet's conv1.
     """
+    from_imagenet = pretrained is True
     if arch in ("googlenet", "inception_v3"):
         raise NetworkError(f"{arch} normalises in its own forward pass, which is not supported")
-    from_imagenet = pretrained is True
+    if arch in ("resnet10", "resnet10-narrow") and from_imagenet:
+        raise NetworkError(f"{arch} has no ImageNet weights: --weights random, or a file")
     mean, std = MEAN, STD
     try:  # model: the whole classifier; backbone: those of its layers that are kept
         if arch.startswith("timm/"):
@@ -152,7 +248,7 @@ def build_backbone(arch, pretrained):
                 mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
             model.reset_classifier(0, "")  # neither classifier nor pooling
             backbone = model
-        elif arch in ("resnet10", "resnet10-narrow") and not from_imagenet:
+        elif arch in ("resnet10", "resnet10-narrow"):
             model = resnet10(width=64 if arch == "resnet10" else 32)
             backbone = nn.Sequential(*model.children())
         else:
@@ -253,95 +349,6 @@ def count_channels(backbone, arch):
             f"{arch} gives no feature map (B, C, h, w), but {shape or type(features)}"
         )
     return shape[1]
-
-
-# ------------------------------------------------- the student's loss: distillation, Sec. 3.3
-
-
-def distillation_loss(s, t, lambda_ts, lambda_ss):
-    """The loss of the student (Eq. 6), summed over images: unit vectors (B, A, D) twice -> scalar.
-
-    s[b, i] and t[b, i] are what student and teacher make of view i of image b. Views are related to
-    views of the same image only, and no label is needed. The teacher's should have no gradient.
-    """
-    return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
-
-
-def absolute_term(s, t):
-    """Eq. 3: sum_b 1/A sum_i (1 - s_bi . t_bi)^2. A view lands where the teacher puts it."""
-    return (1 - (s * t).sum(-1)).square().mean(1).sum()
-
-
-def ts_term(s, t):
-    """Eq. 4: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . t_bj - t_bi . t_bj)^2, student to teacher."""
-    difference = s @ t.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
-    return mean_over_pairs(difference.square()).sum()
-
-
-def ss_term(s, t):
-    """Eq. 5: sum_b 1/(A(A-1)) sum_{i != j} (s_bi . s_bj - t_bi . t_bj)^2, student to student."""
-    difference = s @ s.mT - t @ t.mT  # (B, A, D) @ (B, D, A) -> (B, A, A)
-    return mean_over_pairs(difference.square()).sum()
-
-
-def mean_over_pairs(x):
-    """The mean over i != j: (B, A, A) -> (B,), or 0 where A is 1 and there are no pairs."""
-    views = x.shape[1]
-    diagonal = x.diagonal(dim1=1, dim2=2)  # (B, A)
-    return (x.sum((1, 2)) - diagonal.sum(1)) / max(1, views * (views - 1))
-
-
-# ------------------------------------------------------ the teacher's loss: triplets, Sec. 3.2
-
-
-def triplet_loss(anchors, positives, negatives, margin=0.7):
-    """Sum over anchors of the mean over P x M pairs of max(0, |a - p|^2 - |a - n|^2 + margin).
-
-    anchors (B, D), positives (B, P, D) and negatives (B, M, D) -> scalar (Sec. 3.2).
-    """
-    to_positives = (anchors[:, None] - positives).square().sum(-1)  # (B, P)
-    to_negatives = (anchors[:, None] - negatives).square().sum(-1)  # (B, M)
-    losses = F.relu(to_positives[:, :, None] - to_negatives[:, None, :] + margin)  # (B, P, M)
-    return losses.mean((1, 2)).sum()
-
-
-def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
-    """Distance-weighted sampling (Wu et al., ICCV 2017): how likely each image is to be a negative.
-
-    Unit vectors (Q, D) and (N, D), labels (Q,) and (N,) -> (Q, N), rows sum to 1, with 0 for the
-    anchor's own class. Uniform points on the sphere have distances d to the anchor of density
-    q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). A weight of 1/q(d), d >= 0.5, makes all distances equally
-    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others.
-    Raises ValueError where an anchor has no negative.
-    """
-    dim = anchors.shape[1]
-    own_class = anchor_labels[:, None] == pool_labels  # (Q, N)
-    if own_class.all(1).any():
-        raise ValueError("an anchor has no negatives in the pool")
-    # At d = 2 the weight is infinite: 4 - 1e-6 stays below it.
-    d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
-    log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # As in the authors' code the maximum also runs over the own class, at log-weight 0: where all
-    # others weigh less than 1 they are not scaled up, and the 1e-6 counts for more.
-    log_weight = log_weight.masked_fill(own_class, 0)
-    weight = (log_weight - log_weight.amax(1, keepdim=True)).exp() + 1e-6
-    weight = weight.masked_fill(own_class, 0)
-    return weight / weight.sum(1, keepdim=True)
-
-
-def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator=None):
-    """Rows (Q, count) of the pool, drawn by `negative_probabilities`, none twice for one anchor.
-
-    Raises ValueError where an anchor has fewer negatives than that.
-    """
-    largest_class = pool_labels.unique(return_counts=True)[1].max()
-    if len(pool_labels) - largest_class < count:
-        raise ValueError(f"an anchor has fewer than {count} negatives in the pool")
-    rows = []
-    for some, labels in zip(anchors.split(512), anchor_labels.split(512), strict=True):
-        probabilities = negative_probabilities(some, pool, labels, pool_labels)  # (512, N)
-        rows.append(torch.multinomial(probabilities, count, generator=generator))
-    return torch.cat(rows)
 
 
 # ----------------------------------------------------------------------------------- checkpoints

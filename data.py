@@ -5,8 +5,8 @@
 Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
 device, a micro-batch at a time. This file stands alone: copy it for `DistillationLoader`.
 
-In this order: the coupled views; decoding in worker processes; data sets; reading an image; the
-drawn eggs.
+In this order: the coupled views; decoding in worker processes; data sets; reading an image;
+download; the drawn eggs.
 """
 
 import argparse
@@ -68,9 +68,8 @@ class DistillationLoader:
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views of an image
-    mixup       mix each view with one of the last 200 images that were decoded (its own batch among
-                them; at an epoch's start there are fewer), under the same crop numbers, flip and
-                colours, by a weight from Beta(0.2, 0.2)
+    mixup       mix each view with that of another image, by a weight from Beta(0.2, 0.2): one of
+                the last 200 that were decoded, with the same crop numbers, flip and colours
     min_scale   smallest share of an image's area in a crop
     epoch_size  most images of an epoch, drawn anew for each
 
@@ -121,7 +120,7 @@ class DistillationLoader:
             yield small, large
 
 
-distillation_loader = DistillationLoader  # the name by which other projects import it
+distillation_loader = DistillationLoader  # its public name when it was a function
 
 
 class Draws(NamedTuple):
@@ -140,9 +139,8 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
     """Draw `views` views of each of B images (3, H, W).
 
     A view's partner for mixup is any other image of the pool; one that is alone is its own partner.
-    The partner's crop comes from the same random numbers, in its own frame, where now and then
-    another of the ten attempts is the first that fits; flip and colours are the same. rng: numpy's
-    Generator.
+    The partner's crop comes from the same random numbers, in its own frame; flip and colours are
+    the same. rng: numpy's Generator.
     """
     count = len(images) * views
     attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten for each view's box
@@ -166,7 +164,8 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
 def crop_box(attempts, height, width, min_scale):
     """Top, left, height and width of RandomResizedCrop's box, from random numbers in [0, 1).
 
-    The first of the attempts (area, ratio, top, left) that fits is taken, else the centre.
+    The first of the attempts (area, ratio, top, left) that fits is taken, else the centre. So the
+    same numbers can give images of other shapes another of the attempts.
     """
     low, high = CROP_RATIO
     for u_area, u_ratio, u_top, u_left in attempts:
@@ -297,22 +296,18 @@ def to_grey(x):
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by a share of the circle, in place, as torchvision's, by way of HSV.
-
-    Value and chroma of a pixel stay, so it moves along a hexagon from one pure colour to the next.
-    """
+    """Turn the hue by a share of the circle, in place: RGB to HSV, and back, as torchvision's."""
     red, green, blue = x.split(1, dim=1)  # (V, 1, H, W) each
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = torch.maximum(torch.maximum(red, green), blue) - low
-    # Hue in sixths of the circle from cyan: blue is 1, green -1, and red 3 or -3, the far end. With
-    # the lowest channel at 0 and the highest at 1, the distance is 2 + red - green - blue: red has
-    # 3, magenta (1, 0, 1) and yellow 2, green and blue 1, cyan 0, and it is linear in between.
-    distance = 2 + (red - green - blue + low) / chroma.clamp(min=1e-12)
-    hue = torch.copysign(distance, blue - green) + 6 * shift
-    hue -= 6 * (hue / 6).round()  # back into -3 to 3
-    red.copy_(hue.abs() - 1)  # of the pure colour of that hue, within [0, 1]
-    green.copy_(2 - (hue + 1).abs())
-    blue.copy_(2 - (hue - 1).abs())
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = value - low
+    divisor = chroma.clamp(min=1e-12)
+    # In sixths of the circle: red is 0, green 2 and blue 4.
+    hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    hue = torch.where(value == red, (green - blue) / divisor, hue)
+    hue = (hue + 6 * shift) % 6
+    red.copy_((hue - 3).abs() - 1)  # the pure colour of that hue, once it is held to [0, 1]
+    green.copy_(2 - (hue - 2).abs())
+    blue.copy_(2 - (hue - 4).abs())
     x.clamp_(0, 1).mul_(chroma).add_(low)
 
 
@@ -779,14 +774,34 @@ def normalize(images):
     return images
 
 
+# -------------------------------------------------------------------------------------- download
+
+
+def download(name, root):
+    """Download a published data set into a folder, unpack it and verify that it is whole."""
+    if name not in DOWNLOADS:
+        raise UserError(
+            "cars has no download of its own any more; copies are on Kaggle (Stanford Cars): "
+            f"--root is the folder that holds {LAYOUTS['cars']}"
+        )
+    url, md5 = DOWNLOADS[name]
+    try:
+        download_and_extract_archive(url, root, md5=md5)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{url} could not be downloaded whole ({error})") from error
+    for split in ("train", "test"):
+        say(f"{len(load_dataset(name, root, split))} {split} images, all there")
+
+
 # ---------------------------------------------------------- the embedded data set: drawn eggs
 
 
 def draw_eggs(split):
     """Drawn eggs of 80 px: 120 classes of 8 to train on ("train"), 60 others of 16 ("test").
 
-    A class is the directions and widths of the stripes on shell, white and yolk, plain to see at
-    64 px and hardly at 32. Colours, shared by many classes, position, size, light and ground vary.
+    A class is the directions and widths of the stripes on shell, white and yolk: at 32 px about the
+    narrowest that pixels can show. Colours, shared by many classes, position, size, light and
+    ground vary.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -849,25 +864,6 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     scene = torch.lerp(ground, egg, ((1 - radius) * 40).sigmoid())
     scene = scene * uniform(0.75, 1.2, n, 1, 1, 1) + 0.03 * (uniform(0, 1, n, 3, side, side) - 0.5)
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
-
-
-# -------------------------------------------------------------------------------------- download
-
-
-def download(name, root):
-    """Download a published data set into a folder, unpack it and verify that it is whole."""
-    if name not in DOWNLOADS:
-        raise UserError(
-            "cars has no download of its own any more; copies are on Kaggle (Stanford Cars): "
-            f"--root is the folder that holds {LAYOUTS['cars']}"
-        )
-    url, md5 = DOWNLOADS[name]
-    try:
-        download_and_extract_archive(url, root, md5=md5)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{url} could not be downloaded whole ({error})") from error
-    for split in ("train", "test"):
-        say(f"{len(load_dataset(name, root, split))} {split} images, all there")
 
 
 def main():

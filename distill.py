@@ -84,8 +84,7 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": FOLDER, "synthetic": 
 def distill(teacher, dataset, options, student=None, progress=None):
     """Distil a student, or resume its run. Returns it, in eval mode.
 
-    teacher   an EmbeddingNet, or a module with `dim` that maps (..., 3, H, W) to unit vectors (then
-              give a student, too); it is frozen
+    teacher   an EmbeddingNet; it is frozen
     dataset   an ImageDataset; labels are not read
     options   as from `parse_options`
     student   by default the one that the options describe
@@ -131,7 +130,8 @@ def start_run(teacher, dataset, options, student=None, progress=None):
 
     Both networks get their `size`, and the teacher is frozen.
     """
-    student = student or new_student(teacher, options)
+    if student is None:
+        student = new_student(teacher, options)
     student.size, teacher.size = options.student_size, options.teacher_size
     if student.dim != teacher.dim:
         raise UserError(
@@ -265,7 +265,7 @@ def parse_options(argv=None, teacher=None):
     add(
         "--unlabelled",
         action="store_true",
-        default=None,
+        default=None,  # of the command line: a student then does as its teacher did
         help="a folder in any arrangement, without labels",
     )
     add("--teacher-size", type=number(int, 1), metavar="PX", help="of the teacher's images (*)")
@@ -290,6 +290,7 @@ def parse_options(argv=None, teacher=None):
 def complete_options(options, teacher, trained):
     """Fill in what the command line leaves open: by the teacher, else by the data set's recipe.
 
+    Where a student learns from its teacher's data set, it is read as the teacher read it.
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
     dataset = options.dataset or trained.get("dataset")
@@ -299,20 +300,18 @@ def complete_options(options, teacher, trained):
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
         options.unlabelled = True
 
-    defaults = RECIPES.get(options.dataset, RECIPES["folder"])
-    defaults = defaults | {"unlabelled": False, "validation": False, "classes": []}
+    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
+    network = {}
     if teacher is not None:
-        defaults |= {
-            "teacher_size": teacher.size,
-            "arch": teacher.arch,
-            "dim": teacher.whitening,
-        }
+        size = teacher.size or recipe["teacher_size"]
+        network = {"teacher_size": size, "arch": teacher.arch, "dim": teacher.whitening}
     elif options.unlabelled:
-        defaults["dim"] = 0  # the teacher will be an ImageNet network as it comes
+        network = {"dim": 0}  # the teacher will be an ImageNet network as it comes
+    images = {"unlabelled": False, "validation": False, "classes": []}
     if options.dataset == trained.get("dataset"):
-        for name in ("root", "unlabelled", "validation", "classes"):
-            defaults[name] = trained[name]
-    train.fill_in(options, defaults)
+        same = ("root", "unlabelled", "validation", "classes")
+        images = {name: trained[name] for name in same}
+    train.fill_in(options, recipe | network | images)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 
 
@@ -321,7 +320,10 @@ def check_options(options, teacher, trained):
     if options.unlabelled and options.dataset in RECIPES:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
-        raise UserError("--teacher is needed: train.py makes one; --unlabelled does without")
+        raise UserError(
+            f"--teacher is needed: train.py --dataset {options.dataset} makes one; --unlabelled "
+            "does without"
+        )
     same_images = options.dataset == trained.get("dataset")
     if same_images and options.validation and not trained["validation"]:
         raise UserError("--validation: the teacher was trained on the validation classes, too")

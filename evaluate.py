@@ -132,9 +132,14 @@ def retrieval_metrics(
 def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
     """Yield, for q queries at a time, the ranks (q, m) of their n correct images, and n, (q,).
 
-    A rank is the number of wrong images that score at least as much, plus that of correct images
-    that score more. The latter is known once the few correct scores are sorted, and the former are
-    counted, one pass over the scores (q, N) for each correct image: nothing long is ever sorted.
+    Without equal scores they are, of one query,
+
+        order = scores.argsort(descending=True)  # (N,)
+        ranks = (database_labels[order] == label).nonzero()
+
+    but nothing long is sorted here. A rank is the number of wrong images that score at least as
+    much, plus that of correct images that score more. The latter is known once the few correct
+    scores are sorted; the former are counted, one pass over the scores for each correct image.
 
     Ranks ascend; after the first n of a row comes padding. Queries without a correct image are left
     out, the others come in the order of n, so that there is little padding.
@@ -157,11 +162,12 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         scores, at_least = buffers[:, : len(q)]  # (q, N) each
         torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
-            scores.scatter_(1, q[:, None], -torch.inf)  # the query's own image
+            scores.scatter_(1, q[:, None], -torch.inf)  # the query's own image is no answer
         rows, padding = rows_of_classes(by_label, first[q], size[q])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
-        correct = correct.sort(descending=True).values[:, : int(n[q].max())]  # (q, m)
-        scores.scatter_(1, rows, -torch.inf)  # what is left are wrong images
+        # In each row the n correct images come first, then the query's own and the padding.
+        correct = correct.sort(descending=True).values[:, : int(n[q].max())]
+        scores.scatter_(1, rows, -torch.inf)  # only wrong images are left
         wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in correct.T]
         better = torch.arange(len(wrong), device=n.device)  # correct images before j: j of them
         yield torch.stack(wrong, 1).long() + better, n[q]
@@ -250,7 +256,7 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
     return embeddings
 
 
-# ------------------------------------------- accuracy against the cost of a query, with a picture
+# -------------------------------------------------------- accuracy against the cost of a query
 
 
 def query_cost(net, size, device, precision):
@@ -392,74 +398,6 @@ def agreement(queries, database, k=10):
     }
 
 
-def print_table(rows):
-    """Print dicts with the same keys, in process 0."""
-    digits = {"GFLOPs/query": 3, "cosine": 3}  # others have one
-    lines = [list(rows[0])]
-    for row in rows:
-        cells = []
-        for name, x in row.items():
-            cells.append(f"{x:.{digits.get(name, 1)}f}" if isinstance(x, float) else str(x))
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        say("  ".join(cells).rstrip())
-
-
-def draw_queries(path, dataset, embeddings, database, query_size, database_size, count=6):
-    """A picture of some queries and what each of several embeddings of them finds in the database.
-
-    embeddings: {caption: (Q, D)} of images 0 to Q - 1 of the data set, which are no answers to
-    themselves. A frame is green where the class is right or, without labels, where the answer is
-    one of the first row's.
-    """
-    labels = dataset.labels
-    total = len(next(iter(embeddings.values())))
-    queries = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
-    if labels is not None:
-        sizes = Counter(labels)
-        queries = [i for i in queries if sizes[labels[i]] > 1]
-    rows = []
-    for query in queries[:count]:
-        answers, right = [], None
-        for caption, vectors in embeddings.items():
-            scores = vectors[[query]] @ database.T  # (1, D) @ (D, N) -> (1, N)
-            scores[0, query] = -torch.inf
-            found = scores.topk(min(8, len(database) - 1)).indices[0].tolist()
-            if right is None:
-                right = set(found)
-            good = [i in right if labels is None else labels[i] == labels[query] for i in found]
-            images = [evaluation_crop(dataset[i], database_size) for i in found]
-            answers.append((caption, list(zip(images, good, strict=True))))
-        rows.append((evaluation_crop(dataset[query], query_size), answers))
-    title = f"queries, {query_size} px, and the nearest images, {database_size} px"
-    draw_answers(path, title, rows)
-
-
-def draw_answers(path, title, rows, cell=120):
-    """Save a picture: each query image beside rows of a caption and answers (image, right?)."""
-    step = cell + 20
-    most = max(len(found) for _, answers in rows for _, found in answers)
-    height = sum(len(answers) * step + 20 for _, answers in rows)
-    sheet = Image.new("RGB", (2 * step + 160 + most * step, 50 + height), "white")
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(20), 50
-    draw.text((10, 14), title, "black", font)
-    for query, answers in rows:
-        side = step * min(2, len(answers)) - 20
-        sheet.paste(query.resize((side, side), Image.Resampling.NEAREST), (10, y))
-        for caption, found in answers:
-            right = 2 * step + 140
-            draw.text((right, y + step / 2), caption, "black", font, anchor="rm", align="right")
-            for place, (image, good) in enumerate(found):
-                frame = {True: "#1a9850", False: "#d73027", None: "white"}[good]
-                shown = ImageOps.expand(image.resize((cell, cell)), 6, frame)
-                sheet.paste(shown, (right + 20 + place * step, y))
-            y += step
-        y += 20
-    sheet.save(path)
-
-
 # ------------------------------------------------------------------------------ index and search
 
 
@@ -530,6 +468,77 @@ def is_space_of(network, student, about):
     about: see `search`. The authors' checkpoints do not say, which counts as yes.
     """
     return "options" not in about or network in (about.get("teacher"), fingerprint(student))
+
+
+# ---------------------------------------------------------------------------- tables and pictures
+
+
+def print_table(rows):
+    """Print dicts with the same keys, in process 0."""
+    digits = {"GFLOPs/query": 3, "cosine": 3}  # others have one
+    lines = [list(rows[0])]
+    for row in rows:
+        cells = []
+        for name, x in row.items():
+            cells.append(f"{x:.{digits.get(name, 1)}f}" if isinstance(x, float) else str(x))
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        say("  ".join(cells).rstrip())
+
+
+def draw_queries(path, dataset, embeddings, database, query_size, database_size, count=6):
+    """A picture of some queries and what each of several embeddings of them finds in the database.
+
+    embeddings: {caption: (Q, D)} of images 0 to Q - 1 of the data set, which are no answers to
+    themselves. A frame is green where the class is right or, without labels, where the answer is
+    one of the first row's.
+    """
+    labels = dataset.labels
+    total = len(next(iter(embeddings.values())))
+    queries = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()
+    if labels is not None:
+        sizes = Counter(labels)
+        queries = [i for i in queries if sizes[labels[i]] > 1]
+    rows = []
+    for query in queries[:count]:
+        answers, right = [], None
+        for caption, vectors in embeddings.items():
+            scores = vectors[[query]] @ database.T  # (1, D) @ (D, N) -> (1, N)
+            scores[0, query] = -torch.inf
+            found = scores.topk(min(8, len(database) - 1)).indices[0].tolist()
+            if right is None:
+                right = set(found)
+            good = [i in right if labels is None else labels[i] == labels[query] for i in found]
+            images = [evaluation_crop(dataset[i], database_size) for i in found]
+            answers.append((caption, list(zip(images, good, strict=True))))
+        rows.append((evaluation_crop(dataset[query], query_size), answers))
+    title = f"queries, {query_size} px, and the nearest images, {database_size} px"
+    draw_answers(path, title, rows)
+
+
+def draw_answers(path, title, rows, cell=120):
+    """Save a picture: each query image beside rows of a caption and answers (image, right?)."""
+    step = cell + 20
+    most = max(len(found) for _, answers in rows for _, found in answers)
+    height = sum(len(answers) * step + 20 for _, answers in rows)
+    sheet = Image.new("RGB", (2 * step + 160 + most * step, 50 + height), "white")
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(20), 50
+    draw.text((10, 14), title, "black", font)
+    for query, answers in rows:
+        side = step * min(2, len(answers)) - 20
+        sheet.paste(query.resize((side, side), Image.Resampling.NEAREST), (10, y))
+        for caption, found in answers:
+            right = 2 * step + 140
+            draw.text((right, y + step / 2), caption, "black", font, anchor="rm", align="right")
+            for place, (image, good) in enumerate(found):
+                frame = {True: "#1a9850", False: "#d73027", None: "white"}[good]
+                shown = ImageOps.expand(image.resize((cell, cell)), 6, frame)
+                sheet.paste(shown, (right + 20 + place * step, y))
+            y += step
+        y += 20
+    sheet.save(path)
 
 
 # ----------------------------------------- running a program: the same for evaluate, train, distill
@@ -704,7 +713,7 @@ def load_network(path):
 def parse_options(argv=None):
     """The options, as they are on the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=__doc__.partition("\n\nAll in")[0],
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )

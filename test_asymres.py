@@ -1516,7 +1516,7 @@ def test_other_options_are_refused_by_name(folder, teacher, tmp_path):
     out = tmp_path / "run"
     train_teacher(folder, out)
     before = (out / "model.pt").stat().st_mtime_ns
-    with pytest.raises(UserError, match=r"holds another run \(--lr 0.001, now 0.5\): .*--out"):
+    with pytest.raises(UserError, match=r"holds another run \(--lr 0.001, now 0.5\), .*--out"):
         train_teacher(folder, out, "--lr 0.5")
     train_teacher(folder, out, "--micro-batch 8 --workers 1")
     assert (out / "model.pt").stat().st_mtime_ns == before

@@ -101,12 +101,13 @@ def train(dataset, options, net=None, progress=None):
         raise UserError(
             f"{options.dataset} has images directly in it: labels come from sub-folders"
         )
-    net = net or new_network(options, options.pooling, options.size)
+    if net is None:
+        net = new_network(options, options.pooling, options.size)
     net.size = options.size
     classes = usable_classes(dataset.labels)
-    groups = draw_groups(classes, options.epoch_size, np.random.default_rng(0))
-    anchors = GROUP * (len(groups) // process_count())  # of each epoch, in this process
-    run = Run(net, options, anchors, group=GROUP, progress=progress)
+    _, groups = count_groups(classes, options.epoch_size)
+    images = GROUP * (groups // process_count())  # an epoch's anchors, in this process
+    run = Run(net, options, images, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, classes, epoch, options)
         train_one_epoch(net, dataset, rows, epoch, run, options)
@@ -155,15 +156,18 @@ def usable_classes(labels):
     return classes
 
 
-def draw_groups(classes, epoch_size, rng):
-    """An epoch's anchors (G, 4): groups of a class, in random order. rng: numpy's Generator.
+def count_groups(classes, epoch_size):
+    """How many groups a class has, as many as the smallest one can have, and how many an epoch."""
+    of_class = min(map(len, classes)) // GROUP
+    return of_class, max(1, min(of_class * len(classes), epoch_size // GROUP))
 
-    Of each class as many as the smallest one has; at most epoch_size in all, or one group.
-    """
-    anchors = min(map(len, classes)) // GROUP * GROUP  # of a class
-    groups = [rng.permutation(images)[:anchors].reshape(-1, GROUP) for images in classes]
-    groups = rng.permutation(np.concatenate(groups))
-    return groups[: max(1, epoch_size // GROUP)]
+
+def draw_groups(classes, epoch_size, rng):
+    """An epoch's anchors (G, 4): groups of a class, in random order. rng: numpy's Generator."""
+    of_class, of_epoch = count_groups(classes, epoch_size)
+    groups = [rng.permutation(images)[: of_class * GROUP] for images in classes]
+    groups = rng.permutation(np.concatenate(groups).reshape(-1, GROUP))
+    return groups[:of_epoch]
 
 
 def mine(net, dataset, classes, epoch, options):
@@ -241,15 +245,17 @@ class Run:
         for tensor in net.state_dict().values():  # all processes start with process 0's weights
             broadcast(tensor)
         self.first_epoch = len(self.log)
+        # It also moves AdamW's beta1, from 0.95 to 0.85 and back.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             max_lr=options.lr,
             total_steps=options.epochs * self.steps,
-            div_factor=DIV_FACTOR,  # it also moves AdamW's beta1, from 0.95 to 0.85 and back
+            div_factor=DIV_FACTOR,
             last_epoch=self.first_epoch * self.steps - 1,  # torch's name for the last step
         )
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.says_epochs = progress is None  # runs that share a line of progress leave it at that
         self.progress = progress or Progress(options.out)
         self.progress.skip(self.first_epoch / options.epochs)
         self.begin_epoch()
@@ -282,7 +288,7 @@ class Run:
 
     def describe_epoch(self):
         """For the line of progress: the epoch and its loss so far."""
-        steps = self.schedule.last_epoch - len(self.log) * self.steps  # of this epoch
+        steps = self.schedule.last_epoch - len(self.log) * self.steps  # done in this epoch
         images = min(self.images, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
         return f", {epoch}, loss {self.loss.item() / images:.4g}"
@@ -295,7 +301,7 @@ class Run:
         images = self.images * process_count()
         loss = self.loss.item() / images
         if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite in epoch {epoch}: take a smaller --lr")
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}: take a smaller --lr")
         entry = {"epoch": epoch, "loss": loss, "lr": self.lr}
         entry |= {"seconds": seconds, "images_per_s": images / seconds}
         if self.device.type == "cuda":
@@ -303,6 +309,9 @@ class Run:
         self.log.append(entry)
         if process_rank() == 0:
             self.save()
+        if self.says_epochs:
+            pace = f"{images / seconds:.0f} images/s"
+            say(f"epoch {epoch + 1} of {self.options.epochs}: loss {loss:.4g}, {pace}")
         self.begin_epoch()
 
     def save(self):
@@ -351,7 +360,10 @@ def refuse_other_run(saved, options, teacher):
         changed.append("another --teacher")
     if changed:
         changed = "; ".join(changed)
-        raise UserError(f"{options.out} holds another run ({changed}): give another --out")
+        raise UserError(
+            f"{options.out} holds another run ({changed}), which cannot be changed or prolonged: "
+            "give another --out"
+        )
 
 
 def divide_batch(options, group):
@@ -419,9 +431,6 @@ def classes_of_run(options):
 # --------------------------------------------------------------------------- options, the program
 
 
-# What the command line leaves open, None, is filled in by `fill_in`.
-
-
 def add_common_options(parser):
     """The options that train.py and distill.py share. (*): the default depends on the data set."""
     add = parser.add_argument
@@ -437,14 +446,14 @@ def add_common_options(parser):
     add(
         "--validation",
         action="store_true",
-        default=None,
+        default=None,  # of the command line: a student then does as its teacher did
         help="train on half of the training classes, measure on the other",
     )
     add(
         "--classes",
         nargs="+",
         metavar="NAME",
-        help="of a folder, that train (default: the first half by name)",
+        help="training classes of a folder (default: the first half by name)",
     )
     add("--seed", type=number(int, 0), default=1234, help="of all that is random (1234)")
     add("--workers", type=number(int, 0), help="processes that decode images: one a core (*)")
