@@ -122,7 +122,7 @@ def distill_one_epoch(teacher, student, loader, run, options):
         loss.backward()
         run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(loader):
-            run.step()
+            run.step()  # of AdamW and the schedule; gradients are 0 again
 
 
 def start_run(teacher, dataset, options, student=None, progress=None):
@@ -256,7 +256,7 @@ def parse_options(argv=None, teacher=None):
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
-    add("--teacher", help="checkpoint or released name; needed but for synthetic and --unlabelled")
+    add("--teacher", help="checkpoint or released name; not needed for synthetic and --unlabelled")
     add(
         "--dataset",
         help="cub, cars, sop, synthetic or a folder (default: the teacher's, or synthetic)",
@@ -266,14 +266,14 @@ def parse_options(argv=None, teacher=None):
         "--unlabelled",
         action="store_true",
         default=None,  # of the command line: a student then does as its teacher did
-        help="a folder in any arrangement, without labels",
+        help="the data set is any folder of images, without labels",
     )
-    add("--teacher-size", type=number(int, 1), metavar="PX", help="of the teacher's images (*)")
-    add("--student-size", type=number(int, 1), metavar="PX", help="of the student's images (*)")
-    add("--weights", help="to start from: imagenet, random, teacher (the teacher's), a file (*)")
-    add("--views", type=number(int, 1), help="A, augmented views of an image (*)")
-    add("--no-mixup", action="store_true", help="views are not mixed with those of other images")
-    add("--regression", action="store_true", help="no augmentation, absolute term: an ablation")
+    add("--teacher-size", type=number(int, 1), metavar="PX", help="image size of the teacher (*)")
+    add("--student-size", type=number(int, 1), metavar="PX", help="image size of the student (*)")
+    add("--weights", help="initial weights: imagenet, random, teacher or a file (*)")
+    add("--views", type=number(int, 1), help="A, augmented views per image (*)")
+    add("--no-mixup", action="store_true", help="do not mix views with those of other images")
+    add("--regression", action="store_true", help="ablation: no augmentation, absolute term only")
     add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
     train.add_common_options(parser)

@@ -1165,6 +1165,18 @@ def test_the_drawn_eggs(monkeypatch):
     assert not labels["train"] & labels["test"] and not labels["fit"] & labels["val"]
 
 
+def test_the_stripes_of_the_eggs_are_there_at_32_px():
+    """Almost as bold as at 64 px, and not at 16 px any more."""
+    eggs = data.draw_eggs("test").subset(range(0, 960, 40))
+
+    def boldness(size):
+        side = slice(size // 4, -size // 4)  # the inner half
+        crops = [np.asarray(data.evaluation_crop(egg, size).convert("L")) for egg in eggs]
+        return np.mean([crop[side, side].std() for crop in crops])
+
+    assert boldness(32) > 0.75 * boldness(64) and boldness(16) < 0.5 * boldness(64)
+
+
 # ----------------------------------------------------------------- training, resume and processes
 
 SMALL = (
@@ -1993,7 +2005,7 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     for module in (train, distill):
         monkeypatch.setitem(module.RECIPES, "folder", module.RECIPES["folder"] | short)
     code = (HERE / "README.md").read_text().split("is used from Python:")[1].split("\n\n")[1]
-    code = code.replace('"224"', '"16"')
+    code = code.replace("--student-size 224", "--student-size 16")
     names = {
         "module": nn.Conv2d(3, 4, 3, stride=4),
         "copy_of_module": nn.Conv2d(3, 4, 3, stride=4),

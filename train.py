@@ -132,7 +132,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         loss.backward()
         run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(batches):
-            run.step()
+            run.step()  # of AdamW and the schedule; gradients are 0 again
 
 
 def others_of_group(anchors):
@@ -435,19 +435,23 @@ def add_common_options(parser):
     """The options that train.py and distill.py share. (*): the default depends on the data set."""
     add = parser.add_argument
     add("--out", help="folder of the run (default: a name in runs/)")
-    add("--arch", help="network of torchvision, timm/NAME or resnet10 (*)")
-    add("--dim", type=number(int, 0), help="dimensions of an embedding; 0: without whitening (*)")
-    add("--epochs", type=number(int, 1), help="epochs of the training (*)")
-    add("--epoch-size", type=number(int, 1), default=8000, help="most images of an epoch (8000)")
-    add("--batch-size", type=number(int, 1), help="images (anchors) of an optimizer step (*)")
-    add("--micro-batch", type=number(int, 1), help="images (anchors) in the networks at once (*)")
-    add("--lr", type=number(float, 1e-12), help="learning rate at its peak (*)")
-    add("--min-scale", type=number(float, 1e-3, 1), help="smallest share of an image in a crop (*)")
+    add("--arch", help="backbone: a name of torchvision, timm/NAME or resnet10 (*)")
+    add("--dim", type=number(int, 0), help="embedding dimension D; 0: no whitening layer (*)")
+    add("--epochs", type=number(int, 1), help="number of epochs (*)")
+    add("--epoch-size", type=number(int, 1), default=8000, help="maximum images per epoch (8000)")
+    add("--batch-size", type=number(int, 1), help="images (or anchors) per optimizer step (*)")
+    add("--micro-batch", type=number(int, 1), help="images (or anchors) per forward pass (*)")
+    add("--lr", type=number(float, 1e-12), help="peak learning rate (*)")
+    add(
+        "--min-scale",
+        type=number(float, 1e-3, 1),
+        help="smallest crop, as a share of the image (*)",
+    )
     add(
         "--validation",
         action="store_true",
         default=None,  # of the command line: a student then does as its teacher did
-        help="train on half of the training classes, measure on the other",
+        help="train on half of the training classes, test on the other half",
     )
     add(
         "--classes",
@@ -455,8 +459,8 @@ def add_common_options(parser):
         metavar="NAME",
         help="training classes of a folder (default: the first half by name)",
     )
-    add("--seed", type=number(int, 0), default=1234, help="of all that is random (1234)")
-    add("--workers", type=number(int, 0), help="processes that decode images: one a core (*)")
+    add("--seed", type=number(int, 0), default=1234, help="random seed (1234)")
+    add("--workers", type=number(int, 0), help="processes that decode images (*)")
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision",
@@ -487,13 +491,13 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("--dataset", help="cub, cars, sop, synthetic or a folder (default: synthetic)")
     add("--root", help="folder that holds the data set (default: here)")
-    add("--size", type=number(int, 1), help="side of the images in px (*)")
-    add("--weights", help="to start from: imagenet, random or a file (*)")
+    add("--size", type=number(int, 1), help="image size, in px (*)")
+    add("--weights", help="initial weights: imagenet, random or a file (*)")
     add(
         "--pooling",
         choices=("gem", "gemmp", "mac", "spoc"),
         default="gem",
-        help="of the feature map: GeM, with a p a channel, maximum or mean (gem)",
+        help="GeM, GeM with a p for each channel, maximum or mean (gem)",
     )
     add_common_options(parser)
     options = parser.parse_args(argv)
