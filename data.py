@@ -851,14 +851,13 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
         phase = (x * angle.cos() + y * angle.sin()) / period + one_each(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
-    stripes = 0.5 + (stripes - 0.5) * one_each(0.9, 1.8)  # from soft to bold
+    stripes = 0.5 + (stripes - 0.5) * one_each(1.5, 1.8)  # bold
 
     radius, stripes = radius[:, None], stripes[:, None]  # beside the 3 channels
     colours = (palettes + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)
     dark, light = colours[..., None, None].unbind(1)
     egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, stripes)
     egg = egg * (1.08 - 0.3 * radius.square()).clamp(min=0.2)  # shaded towards the edge
-    egg = egg + 0.2 * (noise(5) + noise(11)) - 0.2
     ground = (noise(5) + noise(11) + noise(40)) / 3
     ground = 0.15 + 0.7 * torch.lerp(ground, ground.mean(1, keepdim=True), 0.4)
     scene = torch.lerp(ground, egg, ((1 - radius) * 40).sigmoid())
