@@ -1259,6 +1259,10 @@ def test_the_images_of_an_epoch_of_mining(folder, tmp_path, monkeypatch):
         assert (rows[:, 1:].sort(1).values.diff(dim=1) > 0).all()
     with pytest.raises(UserError, match="1 training classes have 4 images"):
         train.usable_classes([0] * 9 + [1] * 3)
+    nine, thirteen = np.arange(9), np.arange(13)
+    assert train.count_groups([nine, thirteen], epoch_size=8000) == (2, 4)
+    assert train.count_groups([nine, thirteen], epoch_size=13) == (2, 3)
+    assert train.count_groups([nine, thirteen], epoch_size=3) == (2, 1), "one at least"
 
 
 class Steps:
