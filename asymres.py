@@ -126,7 +126,7 @@ class EmbeddingNet(nn.Module):
     def forward(self, images):
         if images.ndim < 4:
             raise ValueError(f"images (B, 3, H, W) are needed, not {tuple(images.shape)}")
-        x = images.flatten(0, -4)  # (..., 3, H, W) -> (N, 3, H, W); four dimensions stay four
+        x = images.reshape(-1, *images.shape[-3:])  # (..., 3, H, W) -> (N, 3, H, W)
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
         features = self.backbone(x)  # (N, C, h, w)

@@ -2,8 +2,9 @@
 
     python data.py cub --root data      # download, verify and unpack; sop likewise
 
-Worker processes decode images, and nothing else. Crops, colours and mixup are made on the training
-device, a micro-batch at a time. This file stands alone: copy it for `DistillationLoader`.
+Worker processes decode images, shrink very large ones and make evaluation crops. Random crops,
+colours and mixup are made on the training device, a micro-batch at a time. This file stands alone:
+copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
 download; the drawn eggs.
@@ -27,7 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in asymres.py
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
 
@@ -109,6 +110,7 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
+        # 1 +, since a last 0 would change nothing: the sampler has (seed, epoch) for itself.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []
         for packed in self.decoded:
@@ -120,7 +122,7 @@ class DistillationLoader:
             yield small, large
 
 
-distillation_loader = DistillationLoader  # its public name when it was a function
+distillation_loader = DistillationLoader  # as a function's name, for those who import it so
 
 
 class Draws(NamedTuple):
@@ -254,11 +256,11 @@ def pad_crops(crops, height, width):
     return padded, sides.to(device, non_blocking=True)
 
 
-def bilinear_weights(lengths, padded, size):
-    """Antialiased bilinear resizing of v lines of some lengths, padded: (v, size, padded)."""
+def bilinear_weights(lengths, longest, size):
+    """Antialiased bilinear resizing of v lines of some lengths: (v, size, longest)."""
     scale = (lengths / size)[:, None, None]
     centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale  # (v, size, 1)
-    pixel = torch.arange(padded, device=lengths.device) + 0.5
+    pixel = torch.arange(longest, device=lengths.device) + 0.5
     weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * (pixel < lengths[:, None, None])
     return weights / weights.sum(-1, keepdim=True)
@@ -403,7 +405,7 @@ def ignore_ctrl_c(worker):
 
 
 def most_pixels_needed(size, min_scale):
-    """The pixels of the smallest image of which no random crop has to be enlarged to size px.
+    """How many pixels an image must keep so that its smallest random crop still has size px.
 
     A crop has min_scale of the area at least, and its shorter side squared 3/4 of that.
     """

@@ -135,12 +135,13 @@ def start_run(teacher, dataset, options, student=None, progress=None):
     student.size, teacher.size = options.student_size, options.teacher_size
     if student.dim != teacher.dim:
         raise UserError(
-            f"--dim {student.dim}: the teacher's embeddings have {teacher.dim} dimensions"
+            f"the student's embeddings have {student.dim} dimensions: give --dim {teacher.dim}, as "
+            "the teacher's have"
         )
     teacher.to(find_device(options.device), memory_format=torch.channels_last)
     teacher.eval().requires_grad_(False)
-    images = len(EpochSampler(len(dataset), options.epoch_size))  # in this process
-    run = train.Run(student, options, images, teacher=fingerprint(teacher), progress=progress)
+    count = len(EpochSampler(len(dataset), options.epoch_size))  # of an epoch, in this process
+    run = train.Run(student, options, count, teacher=fingerprint(teacher), progress=progress)
     return student, run
 
 
@@ -193,9 +194,9 @@ def miniature(options):
     training, test = train.load_images(options)
     teacher_options = labelled_options(options, "teacher", t)
     labels_options = labelled_options(options, "labels", s)
-    # As many image passes as the student: an anchor takes 1 + NEGATIVES, an image `views` of them.
-    passes = options.epochs * options.views / (1 + train.NEGATIVES)
-    labels_options.epochs = max(1, round(passes))
+    # As many image passes as the student: an anchor takes 1 + NEGATIVES of them.
+    passes = options.epochs * (1 if options.regression else options.views)
+    labels_options.epochs = max(1, round(passes / (1 + train.NEGATIVES)))
     classes, others = len(set(training.labels)), len(set(test.labels))
     say(
         f"The paper in miniature, on {len(training)} drawn eggs of {classes} classes:",
@@ -265,7 +266,7 @@ def parse_options(argv=None, teacher=None):
     add(
         "--unlabelled",
         action="store_true",
-        default=None,  # of the command line: a student then does as its teacher did
+        default=None,  # not given: a student then does as its teacher did
         help="the data set is any folder of images, without labels",
     )
     add("--teacher-size", type=number(int, 1), metavar="PX", help="image size of the teacher (*)")
@@ -288,9 +289,8 @@ def parse_options(argv=None, teacher=None):
 
 
 def complete_options(options, teacher, trained):
-    """Fill in what the command line leaves open: by the teacher, else by the data set's recipe.
+    """Fill in what the command line leaves open: from the teacher, else from the recipe.
 
-    Where a student learns from its teacher's data set, it is read as the teacher read it.
     trained: the options of the teacher's training, {} for the authors' teachers.
     """
     dataset = options.dataset or trained.get("dataset")
@@ -301,17 +301,19 @@ def complete_options(options, teacher, trained):
         options.unlabelled = True
 
     recipe = RECIPES.get(options.dataset, RECIPES["folder"])
-    network = {}
+    recipe = recipe | {"unlabelled": False, "validation": False, "classes": []}
+    from_teacher = {}
     if teacher is not None:
-        size = teacher.size or recipe["teacher_size"]
-        network = {"teacher_size": size, "arch": teacher.arch, "dim": teacher.whitening}
+        same_arch = options.arch in (None, teacher.arch)
+        from_teacher["arch"] = teacher.arch
+        from_teacher["dim"] = teacher.whitening if same_arch else teacher.dim
+        from_teacher["teacher_size"] = teacher.size or recipe["teacher_size"]
     elif options.unlabelled:
-        network = {"dim": 0}  # the teacher will be an ImageNet network as it comes
-    images = {"unlabelled": False, "validation": False, "classes": []}
+        from_teacher["dim"] = 0  # an ImageNet network as it comes will be the teacher
     if options.dataset == trained.get("dataset"):
-        same = ("root", "unlabelled", "validation", "classes")
-        images = {name: trained[name] for name in same}
-    train.fill_in(options, recipe | network | images)
+        for name in ("root", "unlabelled", "validation", "classes"):
+            from_teacher[name] = trained[name]
+    train.fill_in(options, recipe | from_teacher)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 
 
@@ -333,6 +335,8 @@ def imagenet_teacher(options):
     """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
     if options.dim:
         raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
+    weights = "imagenet" if options.weights == "teacher" else options.weights
+    options = argparse.Namespace(**vars(options) | {"weights": weights})
     return train.new_network(options, "gem", options.teacher_size).eval()
 
 

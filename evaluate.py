@@ -147,30 +147,35 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     by_label = database_labels.argsort()  # rows of the database, class after class
     sorted_labels = database_labels[by_label]
     first = torch.searchsorted(sorted_labels, query_labels)  # (Q,) where a query's class begins
-    size = torch.searchsorted(sorted_labels, query_labels, right=True) - first  # (Q,)
-    n = size - int(same_images)
-    order = n.argsort()
-    order = order[n[order] > 0]
-    if not len(order):
+    class_size = torch.searchsorted(sorted_labels, query_labels, right=True) - first  # (Q,)
+    n = class_size - int(same_images)
+    by_count = n.argsort()
+    by_count = by_count[n[by_count] > 0]
+    if not len(by_count):
         return
     columns = database.T.contiguous()  # (D, N)
     # Scores, and where they are at least as high, as 0.0 or 1.0, which a CPU adds up faster than
     # booleans. All chunks use the same memory: to ask for it anew takes as long as to count.
-    at_once = min(len(order), max(1, chunk // len(database)))
+    at_once = min(len(by_count), max(1, chunk // len(database)))
     buffers = database.new_empty(2, at_once, len(database))
-    for q in order.split(at_once):
-        scores, at_least = buffers[:, : len(q)]  # (q, N) each
-        torch.mm(queries[q].to(columns), columns, out=scores)  # (q, D) @ (D, N)
+    for some in by_count.split(at_once):  # q queries
+        # 1. All scores; the query's own image is no answer.
+        scores, at_least = buffers[:, : len(some)]  # (q, N) each
+        torch.mm(queries[some].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
-            scores.scatter_(1, q[:, None], -torch.inf)  # the query's own image is no answer
-        rows, padding = rows_of_classes(by_label, first[q], size[q])  # (q, m) each
+            scores.scatter_(1, some[:, None], -torch.inf)
+        # 2. Those of correct images, sorted: n of them, then the query's own and the padding.
+        rows, padding = rows_of_classes(by_label, first[some], class_size[some])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
-        # In each row the n correct images come first, then the query's own and the padding.
-        correct = correct.sort(descending=True).values[:, : int(n[q].max())]
-        scores.scatter_(1, rows, -torch.inf)  # only wrong images are left
-        wrong = [torch.ge(scores, x[:, None], out=at_least).sum(1) for x in correct.T]
+        correct = correct.sort(descending=True).values[:, : int(n[some].max())]
+        # 3. Only wrong images are left: count those that score at least as much.
+        scores.scatter_(1, rows, -torch.inf)
+        wrong = []
+        for score in correct.T:  # (q,)
+            torch.ge(scores, score[:, None], out=at_least)
+            wrong.append(at_least.sum(1))
         better = torch.arange(len(wrong), device=n.device)  # correct images before j: j of them
-        yield torch.stack(wrong, 1).long() + better, n[q]
+        yield torch.stack(wrong, 1).long() + better, n[some]
 
 
 def rows_of_classes(by_label, first, size):
@@ -319,7 +324,12 @@ def compare(
     for name, net, size, database_net in searches:
         queries, database = embedded[net, size], embedded[database_net, database_net.size]
         metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
-        row = {"": name, "network": net.arch, "query px": size, "database px": database_net.size}
+        row = {
+            "search": name,
+            "network": net.arch,
+            "query px": size,
+            "database px": database_net.size,
+        }
         row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
         row |= {"mAP": 100 * metrics["mAP"]}
         rows.append(row | dict(zip(("GFLOPs/query", "ms/query"), costs[net, size], strict=True)))
@@ -371,7 +381,7 @@ def compare_unlabelled(
     for name, net, size, queries in searches:
         captions[f"{name}\n{size} px"] = queries
         gflops, ms = query_cost(net, size, device, precision)
-        row = {"": name, "network": net.arch, "query px": size, "database px": teacher.size}
+        row = {"search": name, "network": net.arch, "query px": size, "database px": teacher.size}
         row |= agreement(queries, database)
         rows.append(row | {"GFLOPs/query": gflops, "ms/query": ms})
     say(f"{len(dataset)} queries in {len(everything)} images, compared with the teacher's own:")
@@ -426,22 +436,26 @@ def build_index(teacher, folder, path, device=None, workers=0, precision="float3
     say(f"{len(dataset)} images in {path}, {skipped} that cannot be read left out")
 
 
-def search(student, about, index, images, top=5, figure=None, device=None):
+def search(student, about, index_path, query_paths, top=5, figure=None, device=None):
     """Print the `top` nearest images of an index to each query image (paths), and draw them.
 
     about: the other entries of the student's checkpoint, which name its teacher.
     """
-    content = read_checkpoint(index)
+    content = read_checkpoint(index_path)
     entries = {"embeddings", "paths", "folder", "network"}
     if not isinstance(content, dict) or not entries <= set(content):
-        raise UserError(f"{index} is not an index: python evaluate.py --database --index makes one")
+        raise UserError(
+            f"{index_path} is not an index: python evaluate.py --database --index makes one"
+        )
     if not is_space_of(content["network"], student, about):
-        raise UserError(f"{index} is of another network than the teacher of this student")
+        raise UserError(f"{index_path} is of another network than the teacher of this student")
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
-        raise UserError(f"{index} has {embeddings.shape[1]} dimensions, the student {student.dim}")
+        raise UserError(
+            f"{index_path} has {embeddings.shape[1]} dimensions, the student {student.dim}"
+        )
     readable = []
-    for path in images:
+    for path in query_paths:
         try:
             read_image(path)
             readable.append(path)
@@ -459,7 +473,9 @@ def search(student, about, index, images, top=5, figure=None, device=None):
             answers = [(evaluation_crop(read_image(file), 120), None) for file in there]
             rows.append((evaluation_crop(read_image(path), student.size), [("", answers)]))
     if figure:
-        draw_answers(figure, f"queries, {student.size} px, and the nearest images of {index}", rows)
+        draw_answers(
+            figure, f"queries, {student.size} px, and the nearest images of {index_path}", rows
+        )
 
 
 def is_space_of(network, student, about):
@@ -476,7 +492,7 @@ def is_space_of(network, student, about):
 def print_table(rows):
     """Print dicts with the same keys, in process 0."""
     digits = {"GFLOPs/query": 3, "cosine": 3}  # others have one
-    lines = [list(rows[0])]
+    lines = [["", *list(rows[0])[1:]]]  # the names of the searches have no heading
     for row in rows:
         cells = []
         for name, x in row.items():
@@ -757,6 +773,10 @@ def main():
     find_device(options.device)  # or its mistake, before anything else is read
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
+    if options.database and (options.query or options.student):
+        raise UserError("--database embeds a folder with a --teacher alone; search afterwards")
+    if options.index and not (options.database or options.query):
+        raise UserError("--index needs --database, to write it, or --query, to search it")
     if options.query:
         command_search(options)
     elif not options.teacher:

@@ -339,7 +339,7 @@ def test_the_rows_of_the_table(photographs):
         "student, asymmetric": (student, 24, teacher, 48),
         "student, symmetric": (student, 24, student, 24),
     }
-    assert [row[""] for row in rows] == list(expected)
+    assert [row["search"] for row in rows] == list(expected)
     assert len({row["mAP"] for row in rows}) == 5, "five searches that can be told apart"
     for row, (net, size, database_net, database_size) in zip(rows, expected.values(), strict=True):
         queries, database = (
@@ -349,7 +349,7 @@ def test_the_rows_of_the_table(photographs):
         metrics = retrieval_metrics(queries, database, dataset.labels, dataset.labels, (1, 2))
         assert (row["query px"], row["database px"]) == (size, database_size)
         for name in ("R@1", "R@2", "mAP"):
-            assert row[name] == pytest.approx(100 * metrics[name]), row[""]
+            assert row[name] == pytest.approx(100 * metrics[name]), row["search"]
 
 
 def test_rows_of_several_students_have_numbers(photographs):
@@ -357,7 +357,7 @@ def test_rows_of_several_students_have_numbers(photographs):
     teacher, *students = small_net(), small_net(), small_net()
     teacher.size, students[0].size, students[1].size = 48, 32, 24
     rows = evaluate.compare(teacher, students, dataset, students, device="cpu")
-    sizes = {row[""]: row["query px"] for row in rows}
+    sizes = {row["search"]: row["query px"] for row in rows}
     assert sizes["labels 1, symmetric"] == sizes["student 1, asymmetric"] == 32
     assert sizes["labels 2, symmetric"] == sizes["student 2, symmetric"] == 24
 
@@ -1462,7 +1462,7 @@ def test_a_student_makes_small_queries_useful(tmp_path):
     words = f"--dataset synthetic --student-size 16 --views 4 --epochs 6 --lr 4e-3 {common}"
     options, _ = distill.parse_options(f"{words} --out {tmp_path}/student".split(), teacher)
     student = distill.distill(teacher, gratings, options)
-    found = {row[""]: row["R@1"] for row in evaluate.compare(teacher, [student], gratings)}
+    found = {row["search"]: row["R@1"] for row in evaluate.compare(teacher, [student], gratings)}
     assert found["teacher, symmetric"] > 85 and found["no distillation"] < 40
     assert found["student, asymmetric"] > 2 * found["no distillation"]
 
@@ -1490,6 +1490,8 @@ def test_what_a_student_takes_from_its_teacher(folder, teacher, tmp_path):
     words = f"--dataset {folder} --out {tmp_path}"
     options, _ = distill.parse_options(words.split(), small_net(dim=0))
     assert (options.dim, options.teacher_size) == (0, 448), "it does not know its size"
+    options, _ = distill.parse_options(f"{words} --arch resnet18".split(), small_net(dim=0))
+    assert options.dim == 256, "another backbone needs a layer to the teacher's dimensions"
 
 
 def test_a_student_may_learn_from_images_that_its_teacher_never_saw(teacher, photographs, tmp_path):
@@ -1763,10 +1765,11 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --teacher OTHER", "OTHER is not a checkpoint"),
         ("distill.py --teacher SIZE-None", "SIZE-None does not say at which size"),
         ("distill.py --teacher SIZE-32", "--dataset is needed"),
-        ("distill.py --teacher TEACHER --dim 16", "--dim 16"),
+        ("distill.py --teacher TEACHER --dim 16", "give --dim 8"),
         ("distill.py --teacher TEACHER --arch vgg11 --weights teacher", "--weights teacher"),
         ("distill.py --dataset PHOTOS --validation --teacher TEACHER", "validation needs classes"),
         ("distill.py --dataset PHOTOS", "--dim needs a --teacher"),
+        ("distill.py --dataset PHOTOS --dim 0 --weights teacher", "has no ImageNet weights"),
         ("evaluate.py", "--teacher is needed"),
         ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "no download"),
         ("evaluate.py --teacher SIZE-32", "--dataset is needed"),
@@ -1778,6 +1781,8 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("evaluate.py --teacher TEACHER --student SIZE-32", "dimensions"),
         ("evaluate.py --teacher TEACHER --json /no/t.json", "/no/t.json"),
         ("evaluate.py --teacher TEACHER --database FOLDER", "--index"),
+        ("evaluate.py --teacher TEACHER --index i.pt", "--index needs --database"),
+        ("evaluate.py --teacher TEACHER --database FOLDER --index i.pt --query x.png", "alone"),
         ("evaluate.py --teacher TEACHER --database EMPTY --index i.pt", "no images below EMPTY"),
         ("evaluate.py --query x.png", "--student"),
         ("evaluate.py --student TEACHER --index i.pt --query x.png --top 0", "--top"),
@@ -1924,12 +1929,19 @@ def test_the_paper_in_miniature(tmp_path, monkeypatch, run):
     monkeypatch.setattr(data, "draw_eggs", lambda split: few)
     monkeypatch.setitem(train.RECIPES["synthetic"], "epochs", 1)  # of the teacher
     monkeypatch.chdir(tmp_path)
-    code, said, _ = run("distill.py --epochs 1 --views 3 --workers 0")
+    code, said, _ = run("distill.py --epochs 1 --views 8 --workers 0")
     rows = ("teacher", "no distillation", "labels", "student, asymmetric", "student, symmetric")
     assert code == 0 and all(f"\n{row}" in said for row in rows)
     (out,) = os.listdir("runs")
     files = {"labels", "teacher", "model.pt", "log.jsonl", "options.json", "queries.png"}
     assert set(os.listdir(f"runs/{out}")) == files
+
+    def epochs_of_labels(folder):
+        return json.loads(Path(folder, "labels", "options.json").read_text())["options"]["epochs"]
+
+    assert epochs_of_labels(f"runs/{out}") == 2, "8 views of an image; an anchor has 5"
+    code, _, _ = run("distill.py --epochs 5 --regression --workers 0 --out regression")
+    assert code == 0 and epochs_of_labels("regression") == 1
 
 
 # ----------------------------------------------------------------------------------------- README
@@ -1976,7 +1988,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
 
     code, said, _ = run(f"{table} --json t.json --figure f.png --ks 1 2 --workers 0")
     rows = json.loads(Path("t.json").read_text())
-    assert code == 0 and [(row[""], row["query px"], row["database px"]) for row in rows] == [
+    assert code == 0 and [(row["search"], row["query px"], row["database px"]) for row in rows] == [
         ("teacher, symmetric", 48, 48),
         ("no distillation", 32, 48),
         ("labels, symmetric", 32, 32),
@@ -2010,10 +2022,7 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(module.RECIPES, "folder", module.RECIPES["folder"] | short)
     code = (HERE / "README.md").read_text().split("is used from Python:")[1].split("\n\n")[1]
     code = code.replace("--student-size 224", "--student-size 16")
-    names = {
-        "module": nn.Conv2d(3, 4, 3, stride=4),
-        "copy_of_module": nn.Conv2d(3, 4, 3, stride=4),
-    }
+    names = {"make_module": lambda: nn.Conv2d(3, 4, 3, stride=4)}
     exec("\n".join(line.strip() for line in code.splitlines()), names)
     assert "student, asymmetric  custom   16        32" in capsys.readouterr().out
 

@@ -106,8 +106,8 @@ def train(dataset, options, net=None, progress=None):
     net.size = options.size
     classes = usable_classes(dataset.labels)
     _, groups = count_groups(classes, options.epoch_size)
-    images = GROUP * (groups // process_count())  # an epoch's anchors, in this process
-    run = Run(net, options, images, group=GROUP, progress=progress)
+    anchors_per_epoch = GROUP * (groups // process_count())  # in this process
+    run = Run(net, options, anchors_per_epoch, group=GROUP, progress=progress)
     for epoch in range(run.first_epoch, options.epochs):
         rows = mine(net, dataset, classes, epoch, options)
         train_one_epoch(net, dataset, rows, epoch, run, options)
@@ -188,18 +188,16 @@ def mine(net, dataset, classes, epoch, options):
         workers=options.workers,
         precision=options.precision,
     )
-    device = find_device(options.device)
-    labels = torch.tensor(dataset.labels, device=device)
-    embeddings = torch.zeros(len(labels), net.dim, device=device)  # 0 where they are not needed
-    embeddings[used] = embedded.to(device)
-
+    embedded = embedded.to(find_device(options.device))
+    labels = torch.tensor(dataset.labels, device=embedded.device)[used]
+    of_anchors, of_pool = np.searchsorted(used, anchors), np.searchsorted(used, pool)
     negatives = draw_negatives(
-        embeddings[anchors],
-        embeddings[pool],
-        labels[anchors],
-        labels[pool],
+        embedded[of_anchors],
+        embedded[of_pool],
+        labels[of_anchors],
+        labels[of_pool],
         NEGATIVES,
-        torch.Generator(device).manual_seed(options.seed + epoch),
+        torch.Generator(embedded.device).manual_seed(options.seed + epoch),
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
     rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
@@ -215,7 +213,7 @@ def mine(net, dataset, classes, epoch, options):
 class Run:
     """What stands around a training loop: optimizer and schedule, resume, log and checkpoint.
 
-    images     anchors or images that this process sees in an epoch
+    count      images (in train.py anchors) of an epoch in this process
     group      how many of them stay together in a micro-batch
     teacher    fingerprint of the student's teacher
     progress   shared with other runs
@@ -227,14 +225,14 @@ class Run:
     not depend on how it is divided.
     """
 
-    def __init__(self, net, options, images, group=1, teacher=None, progress=None):
-        if not images:
+    def __init__(self, net, options, count, group=1, teacher=None, progress=None):
+        if not count:
             raise UserError("an epoch has fewer images than there are processes")
-        self.options, self.images, self.teacher = options, images, teacher
+        self.options, self.count, self.teacher = options, count, teacher
         self.device = find_device(options.device)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.micro_batch, self.accumulate = divide_batch(options, group)
-        self.steps = math.ceil(images / (self.micro_batch * self.accumulate))  # of an epoch
+        self.steps = math.ceil(count / (self.micro_batch * self.accumulate))  # of an epoch
 
         # Weights and optimizer as in the checkpoint, if there is one; the schedule goes on there.
         self.optimizer = make_optimizer(net, options.lr)
@@ -245,7 +243,7 @@ class Run:
         for tensor in net.state_dict().values():  # all processes start with process 0's weights
             broadcast(tensor)
         self.first_epoch = len(self.log)
-        # It also moves AdamW's beta1, from 0.95 to 0.85 and back.
+        # The schedule also moves AdamW's beta1, from 0.95 to 0.85 and back.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             max_lr=options.lr,
@@ -269,7 +267,7 @@ class Run:
         self.log = saved["training"]["log"]
 
     def begin_epoch(self):
-        self.loss = torch.zeros((), device=self.device)  # summed over this process's images
+        self.loss = torch.zeros((), device=self.device)  # summed over what this process has seen
         torch.manual_seed(self.options.seed + len(self.log))  # of dropout, also after a resume
         self.began = time.time()
 
@@ -289,29 +287,28 @@ class Run:
     def describe_epoch(self):
         """For the line of progress: the epoch and its loss so far."""
         steps = self.schedule.last_epoch - len(self.log) * self.steps  # done in this epoch
-        images = min(self.images, steps * self.micro_batch * self.accumulate)
+        seen = min(self.count, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
-        return f", {epoch}, loss {self.loss.item() / images:.4g}"
+        return f", {epoch}, loss {self.loss.item() / seen:.4g}"
 
     def end_epoch(self):
         """Log the epoch and save the run."""
         add_over_processes([self.loss])
         average_statistics(self.net)
         epoch, seconds = len(self.log), time.time() - self.began
-        images = self.images * process_count()
-        loss = self.loss.item() / images
+        count = self.count * process_count()
+        loss = self.loss.item() / count
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: take a smaller --lr")
         entry = {"epoch": epoch, "loss": loss, "lr": self.lr}
-        entry |= {"seconds": seconds, "images_per_s": images / seconds}
+        entry |= {"seconds": seconds, "images_per_s": count / seconds}
         if self.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log.append(entry)
         if process_rank() == 0:
             self.save()
         if self.says_epochs:
-            pace = f"{images / seconds:.0f} images/s"
-            say(f"epoch {epoch + 1} of {self.options.epochs}: loss {loss:.4g}, {pace}")
+            say(f"epoch {epoch + 1} of {self.options.epochs}: loss {loss:.4g}, {seconds:.0f} s")
         self.begin_epoch()
 
     def save(self):
@@ -450,7 +447,7 @@ def add_common_options(parser):
     add(
         "--validation",
         action="store_true",
-        default=None,  # of the command line: a student then does as its teacher did
+        default=None,  # not given: a student then does as its teacher did
         help="train on half of the training classes, test on the other half",
     )
     add(
