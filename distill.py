@@ -86,7 +86,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
 
     teacher   an EmbeddingNet; it is frozen
     dataset   an ImageDataset; labels are not read
-    options   as from `parse_options`
+    options   as from `parse_options` and `complete_options`
     student   by default the one that the options describe
     """
     student, run = start_run(teacher, dataset, options, student, progress)
@@ -247,8 +247,8 @@ def finish(teacher, student, training, test, options, supervised=()):
 # --------------------------------------------------------------------------- options, the program
 
 
-def parse_options(argv=None, teacher=None):
-    """(options, teacher): complete options, and the network that they name, or the given one."""
+def parse_options(argv=None):
+    """The options as on the command line, None where it is silent: see `complete_options`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
@@ -278,21 +278,24 @@ def parse_options(argv=None, teacher=None):
     add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
     train.add_common_options(parser)
-    options = parser.parse_args(argv)
-    trained = {}  # the options of the teacher's training, where they are known
-    if options.teacher:
-        teacher, content = load_network(options.teacher)
-        trained = content.get("options", {})
-    complete_options(options, teacher, trained)
-    check_options(options, teacher, trained)
-    return options, teacher
+    return parser.parse_args(argv)
 
 
-def complete_options(options, teacher, trained):
+def load_teacher(options):
+    """(network, the options of its training) of --teacher; (None, {}) where there is none."""
+    if not options.teacher:
+        return None, {}
+    teacher, content = load_network(options.teacher)
+    return teacher, content.get("options", {})  # the authors' teachers have none
+
+
+def complete_options(options, teacher=None, trained=None):
     """Fill in what the command line leaves open: from the teacher, else from the recipe.
 
-    trained: the options of the teacher's training, {} for the authors' teachers.
+    trained: the options of the teacher's training, where they are known. Raises UserError where
+    options do not go together.
     """
+    trained = trained or {}
     dataset = options.dataset or trained.get("dataset")
     if dataset is None and teacher is not None:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
@@ -316,9 +319,6 @@ def complete_options(options, teacher, trained):
     train.fill_in(options, recipe | from_teacher)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
 
-
-def check_options(options, teacher, trained):
-    """Raise UserError where options do not go together."""
     if options.unlabelled and options.dataset in RECIPES:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
@@ -341,7 +341,9 @@ def imagenet_teacher(options):
 
 
 def main():
-    options, teacher = parse_options()
+    options = parse_options()
+    teacher, trained = load_teacher(options)
+    complete_options(options, teacher, trained)
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)

@@ -1210,10 +1210,19 @@ def train_teacher(folder, out, more=""):
     return train.train(training, options)
 
 
+def student_options(words, teacher=None):
+    """The complete options of `distill.py words`, and its teacher, or the one that is given."""
+    options, trained = distill.parse_options(words.split()), {}
+    if teacher is None:
+        teacher, trained = distill.load_teacher(options)
+    distill.complete_options(options, teacher, trained)
+    return options, teacher
+
+
 def distil_student(teacher, out, more=""):
     """The student of `distill.py --teacher teacher --out out`, made small, and its teacher."""
     words = f"--teacher {teacher} --out {out} --student-size 32 --views 2 {SMALL} {more}"
-    options, net = distill.parse_options(words.split())
+    options, net = student_options(words)
     training, _ = train.load_images(options)
     learn = distill.regress if options.regression else distill.distill
     return learn(net, training, options), net
@@ -1460,7 +1469,7 @@ def test_a_student_makes_small_queries_useful(tmp_path):
     words = f"--size 32 --epochs 4 --lr 1e-3 --out {tmp_path}/teacher {common}"
     teacher = train.train(gratings, train.parse_options(words.split()))
     words = f"--dataset synthetic --student-size 16 --views 4 --epochs 6 --lr 4e-3 {common}"
-    options, _ = distill.parse_options(f"{words} --out {tmp_path}/student".split(), teacher)
+    options, _ = student_options(f"{words} --out {tmp_path}/student", teacher)
     student = distill.distill(teacher, gratings, options)
     found = {row["search"]: row["R@1"] for row in evaluate.compare(teacher, [student], gratings)}
     assert found["teacher, symmetric"] > 85 and found["no distillation"] < 40
@@ -1479,18 +1488,18 @@ def test_regression_compares_the_evaluation_crops(teacher, tmp_path):
 
 def test_what_a_student_takes_from_its_teacher(folder, teacher, tmp_path):
     """Data set, classes, network and large size; a command line may say otherwise."""
-    options, _ = distill.parse_options(f"--teacher {teacher} --out {tmp_path}".split())
+    options, _ = student_options(f"--teacher {teacher} --out {tmp_path}")
     assert (options.dataset, options.arch, options.dim) == (str(folder), "resnet10-narrow", 8)
     assert (options.teacher_size, options.student_size) == (48, 224)
     assert options.weights == "imagenet" and options.classes == ["class0", "class1", "class2"]
     words = f"--teacher {teacher} --out {tmp_path} --arch resnet18 --dim 4 --teacher-size 64"
-    options, _ = distill.parse_options(words.split())
+    options, _ = student_options(words)
     assert (options.arch, options.dim) == ("resnet18", 4)
     assert options.teacher_size == 64
     words = f"--dataset {folder} --out {tmp_path}"
-    options, _ = distill.parse_options(words.split(), small_net(dim=0))
+    options, _ = student_options(words, small_net(dim=0))
     assert (options.dim, options.teacher_size) == (0, 448), "it does not know its size"
-    options, _ = distill.parse_options(f"{words} --arch resnet18".split(), small_net(dim=0))
+    options, _ = student_options(f"{words} --arch resnet18", small_net(dim=0))
     assert options.dim == 256, "another backbone needs a layer to the teacher's dimensions"
 
 
@@ -1499,7 +1508,7 @@ def test_a_student_may_learn_from_images_that_its_teacher_never_saw(teacher, pho
     write_images(*(tmp_path / "B" / f"kind{i % 4}" / f"{i}.png" for i in range(16)))
     for folder, count in ((tmp_path / "B", 8), (photographs, 36)):
         words = f"--teacher {teacher} --out {tmp_path / 'out'} --dataset {folder} --workers 0"
-        training, test = train.load_images(distill.parse_options(words.split())[0])
+        training, test = train.load_images(student_options(words)[0])
         assert len(training) == count and (test.labels is None) == (folder == photographs)
 
 
@@ -1509,7 +1518,7 @@ def test_the_classes_that_train_stay_when_folders_are_added(folder, tmp_path):
     train_teacher(copy, tmp_path / "run", "--epochs 1")
     write_images(copy / "another" / "1.png", copy / "another" / "2.png")
     words = f"--teacher {tmp_path / 'run' / 'model.pt'} --out {tmp_path / 'student'} --workers 0"
-    training, test = train.load_images(distill.parse_options(words.split())[0])
+    training, test = train.load_images(student_options(words)[0])
     assert names_of_classes(copy, training) == ["class0", "class1", "class2"]
     assert names_of_classes(copy, test) == ["another", "class3", "class4", "class5"]
     words = f"--dataset {copy} --out {tmp_path / 'run'} --workers 0"  # the run goes on
@@ -1977,7 +1986,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     assert train.parse_options(teacher.split()[1:]).out == "runs/cub-448-seed1234"
     code, said, _ = run(f"{teacher} {small} --size 48 --out runs/cub-448-seed1234")
     assert code == 0 and "\nsymmetric " in said
-    options, _ = distill.parse_options(student.split()[1:] + ["--teacher-size", "448"])
+    options, _ = student_options(f"{student.partition(' ')[2]} --teacher-size 448")
     assert options.out == "runs/cub-448to224-seed1234"
     out = "--out runs/cub-448to224-seed1234"
     code, said, _ = run(f"{student} {small} --views 2 --student-size 32 {out}")
