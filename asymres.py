@@ -439,7 +439,8 @@ def make_network(content, path_or_name, backbone=None):
         if meta["architecture"] == "custom" and backbone is None:
             raise NetworkError(f"{path_or_name} needs its own backbone: load_checkpoint(backbone=)")
         dim = len(state["whiten.bias"]) if "whiten.bias" in state else 0
-        net = EmbeddingNet(meta["architecture"], meta["pooling"], dim, False, backbone)
+        arch, pooling = meta["architecture"], meta["pooling"]
+        net = EmbeddingNet(arch, pooling, dim, pretrained=False, backbone=backbone)
         net.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise NetworkError(

@@ -110,7 +110,7 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # 1 +, since a last 0 would change nothing: the sampler has (seed, epoch) for itself.
+        # 1 + rank: numpy pads a seed with zeros, and (seed, epoch) is the sampler's.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []
         for packed in self.decoded:

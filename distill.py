@@ -2,7 +2,7 @@
 
     python distill.py                                                   # the paper in miniature
     python distill.py --teacher runs/cub-448-seed1234/model.pt --student-size 224      # the paper
-    python distill.py --dataset PHOTOS --unlabelled --student-size 112  # any folder of photographs
+    python distill.py --dataset PHOTOS --unlabelled --student-size 224  # any folder of photographs
 
 The first command needs no data: it draws some, trains a teacher and a baseline with labels, and
 distils a student in a few minutes on a CPU. In the last one an ImageNet network is the teacher.
@@ -113,7 +113,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
 def distill_one_epoch(teacher, student, loader, run, options):
     """The student learns to embed small views as the teacher embeds the same views when large."""
     student.train()
-    for i, (small, large) in enumerate(loader, start=1):  # (B, A, 3, s, s), (B, A, 3, t, t)
+    for i, (small, large) in enumerate(loader, start=1):  # views (B, A, 3, H, W) at two sizes
         with run.autocast():
             with torch.no_grad():
                 t = teacher(large)  # (B, A, D)
@@ -142,6 +142,9 @@ def start_run(teacher, dataset, options, student=None, progress=None):
     teacher.eval().requires_grad_(False)
     count = len(EpochSampler(len(dataset), options.epoch_size))  # of an epoch, in this process
     run = train.Run(student, options, count, teacher=fingerprint(teacher), progress=progress)
+    if options.unlabelled and not options.teacher and process_rank() == 0:
+        # An ImageNet network has no checkpoint of its own to evaluate, index and search with.
+        save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     return student, run
 
 
@@ -190,42 +193,46 @@ def regress(teacher, dataset, options, student=None, progress=None):
 
 def miniature(options):
     """Labels at the small size, the teacher, the student, and the table of all, on drawn eggs."""
-    t, s = options.teacher_size, options.student_size
     training, test = train.load_images(options)
-    teacher_options = labelled_options(options, "teacher", t)
-    labels_options = labelled_options(options, "labels", s)
+    teacher_options = labelled_options(options, "teacher", options.teacher_size)
+    labels_options = labelled_options(options, "labels", options.student_size)
     # As many image passes as the student: an anchor takes 1 + NEGATIVES of them.
     passes = options.epochs * (1 if options.regression else options.views)
     labels_options.epochs = max(1, round(passes / (1 + train.NEGATIVES)))
     classes, others = len(set(training.labels)), len(set(test.labels))
+    large, small = f"{options.teacher_size} px", f"{options.student_size} px"
     say(
         f"The paper in miniature, on {len(training)} drawn eggs of {classes} classes:",
-        f"  1. labels at {s} px: the baseline, trained for as many image passes as the student",
-        f"  2. the teacher: trained with labels at {t} px",
-        f"  3. the student: learns without labels to embed at {s} px as the teacher does at {t} px",
+        f"  1. labels at {small}: the baseline, trained for as many image passes as the student",
+        f"  2. the teacher: trained with labels at {large}",
+        f"  3. the student: learns without labels to embed at {small} as the teacher does at "
+        f"{large}",
         f"Then {len(test)} images of {others} other classes are searched for each other.",
     )
     progress = Progress("", announce=True)
     labels_time, teacher_time, student_time = 0.14, 0.57, 0.29  # of the whole, measured on a CPU
-    progress.stage(f"1. labels, {s} px", labels_time)
+    progress.stage(f"1. labels, {small}", labels_time)
     labels = train.train(training, labels_options, progress=progress)
-    progress.stage(f"2. teacher, {t} px", teacher_time)
+    progress.stage(f"2. teacher, {large}", teacher_time)
     teacher = train.train(training, teacher_options, progress=progress)
-    progress.stage(f"3. student, {s} px", student_time)
+    progress.stage(f"3. student, {small}", student_time)
     learn = regress if options.regression else distill
     student = learn(teacher, training, options, progress=progress)
     finish(teacher, student, training, test, options, [labels])
     say(
-        f"  teacher, symmetric    queries and database at {t} px: what there is to reach",
-        f"  no distillation       the teacher's own embedding of {s} px queries in that database",
-        f"  labels, symmetric     trained with labels at {s} px, in a database of its own",
-        f"  student, asymmetric   {s} px queries in the teacher's database: the paper's claim",
-        f"  student, symmetric    {s} px queries in a {s} px database of the student's own",
+        f"  teacher, symmetric    queries and database at {large}: what there is to reach",
+        f"  no distillation       the teacher's own embedding of {small} queries in that database",
+        f"  labels, symmetric     trained with labels at {small}, in a database of its own",
+        f"  student, asymmetric   {small} queries in the teacher's database: the paper's claim",
+        f"  student, symmetric    {small} queries in a {small} database of the student's own",
     )
 
 
 def labelled_options(options, name, size):
-    """train.py's options for the teacher or the baseline of the miniature."""
+    """train.py's options for the teacher or the baseline of the miniature.
+
+    What is not about all three networks has train.py's defaults.
+    """
     argv = ["--dataset", "synthetic", "--size", str(size), "--out", f"{options.out}/{name}"]
     labelled = train.parse_options(argv)
     for option in ("arch", "dim", "seed", "validation", "workers", "device", "precision"):
@@ -290,7 +297,7 @@ def load_teacher(options):
 
 
 def complete_options(options, teacher=None, trained=None):
-    """Fill in what the command line leaves open: from the teacher, else from the recipe.
+    """Fill in what the command line leaves open: as the teacher, else by the data set's recipe.
 
     trained: the options of the teacher's training, where they are known. Raises UserError where
     options do not go together.
@@ -301,6 +308,7 @@ def complete_options(options, teacher=None, trained=None):
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     options.dataset, options.root = settle_dataset(dataset or "synthetic", options.root)
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
+        say(f"{options.dataset} has images directly in it: it is taken without labels")
         options.unlabelled = True
 
     recipe = RECIPES.get(options.dataset, RECIPES["folder"])
@@ -309,6 +317,7 @@ def complete_options(options, teacher=None, trained=None):
     if teacher is not None:
         same_arch = options.arch in (None, teacher.arch)
         from_teacher["arch"] = teacher.arch
+        # The same backbone is whitened if the teacher is; another one, to as many dimensions.
         from_teacher["dim"] = teacher.whitening if same_arch else teacher.dim
         from_teacher["teacher_size"] = teacher.size or recipe["teacher_size"]
     elif options.unlabelled:
@@ -350,8 +359,6 @@ def main():
     teacher = teacher or imagenet_teacher(options)
     learn = regress if options.regression else distill
     student = learn(teacher, training, options)
-    if options.teacher is None and process_rank() == 0:  # to index and search with
-        save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     finish(teacher, student, training, test, options)
 
 

@@ -447,7 +447,7 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
         raise UserError(
             f"{index_path} is not an index: python evaluate.py --database --index makes one"
         )
-    if not is_space_of(content["network"], student, about):
+    if not taught_by(content["network"], student, about):
         raise UserError(f"{index_path} is of another network than the teacher of this student")
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
@@ -465,7 +465,8 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
         raise UserError("no query can be read")
     queries = extract(student, ImageDataset(readable), student.size, device)
     rows = []
-    for path, scores, found in zip(readable, *knn(queries, embeddings, top), strict=True):
+    best_scores, best_rows = knn(queries, embeddings, top)  # (Q, top) each
+    for path, scores, found in zip(readable, best_scores, best_rows, strict=True):
         files = [os.path.join(content["folder"], paths[i]) for i in found.tolist()]
         say(path, *(f"  {score:.4f}  {file}" for score, file in zip(scores, files, strict=True)))
         if figure:
@@ -478,12 +479,14 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
         )
 
 
-def is_space_of(network, student, about):
+def taught_by(network, student, about):
     """Whether a network (its fingerprint) is the one that taught a student, or the student itself.
 
-    about: see `search`. The authors' checkpoints do not say, which counts as yes.
+    about: see `search`.
     """
-    return "options" not in about or network in (about.get("teacher"), fingerprint(student))
+    if "options" not in about:  # a checkpoint of the authors, which does not say
+        return True
+    return network in (about.get("teacher"), fingerprint(student))
 
 
 # ---------------------------------------------------------------------------- tables and pictures
@@ -773,18 +776,31 @@ def main():
     find_device(options.device)  # or its mistake, before anything else is read
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
-    if options.database and (options.query or options.student):
-        raise UserError("--database embeds a folder with a --teacher alone; search afterwards")
-    if options.index and not (options.database or options.query):
-        raise UserError("--index needs --database, to write it, or --query, to search it")
     if options.query:
+        refuse_unread(options, "with --query", SEARCH)
         command_search(options)
     elif not options.teacher:
         raise UserError("--teacher is needed, or --query with --student and --index")
     elif options.database:
+        refuse_unread(options, "with --database", INDEX)
         command_index(options)
     else:
+        refuse_unread(options, "without --database or --query", TABLE)
         command_table(options)
+
+
+# The options that each of the three commands reads.
+SEARCH = {"student", "index", "query", "top", "figure", "device"}
+INDEX = {"teacher", "size", "database", "index", "workers", "device", "precision"}
+TABLE = {"teacher", "student", "supervised", "size", "dataset", "root", "unlabelled", "validation"}
+TABLE |= {"ks", "json", "figure", "workers", "device", "precision"}
+
+
+def refuse_unread(options, command, read):
+    """Raise UserError where an option is given that this command does not read."""
+    for name, default in vars(parse_options([])).items():
+        if name not in read and getattr(options, name) != default:
+            raise UserError(f"--{name} has no meaning {command}")
 
 
 def command_search(options):
@@ -847,7 +863,7 @@ def command_table(options):
 def load_student(path, teacher):
     """The student of a checkpoint. Raises UserError where it is not of this teacher."""
     student, about = load_network(path)
-    if not is_space_of(fingerprint(teacher), student, about):
+    if not taught_by(fingerprint(teacher), student, about):
         raise UserError(f"{path} was not taught by this --teacher")
     if student.dim != teacher.dim:
         raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")

@@ -1404,7 +1404,7 @@ def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("script, group", [("train.py", 4), ("distill.py", 1)])
-def test_every_recipe_can_be_shared_by_processes(script, group, processes, monkeypatch, capsys):
+def test_every_recipe_can_be_shared_by_processes(script, group, processes, monkeypatch):
     """In equal shares of whole groups, as near to --batch-size as there are."""
     monkeypatch.setattr(train, "process_count", lambda: processes)
     for recipe in PROGRAMS[script].RECIPES.values():
@@ -1416,10 +1416,13 @@ def test_every_recipe_can_be_shared_by_processes(script, group, processes, monke
         )
         if recipe["batch_size"] % (group * processes) == 0:
             assert step == recipe["batch_size"]
+
+
+def test_a_smaller_micro_batch_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr(train, "process_count", lambda: 2)
     words = argparse.Namespace(batch_size=18, micro_batch=8)
-    if script == "distill.py" and processes == 2:
-        assert train.divide_batch(words, 1) == (3, 3)
-        assert "note: a step is 18 images, in each process 3 x 3" in capsys.readouterr().out
+    assert train.divide_batch(words, 1) == (3, 3)
+    assert "note: a step is 18 images, in each process 3 x 3" in capsys.readouterr().out
 
 
 def test_a_step_does_not_depend_on_how_it_is_divided(folder, teacher, tmp_path, monkeypatch):
@@ -1790,8 +1793,9 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("evaluate.py --teacher TEACHER --student SIZE-32", "dimensions"),
         ("evaluate.py --teacher TEACHER --json /no/t.json", "/no/t.json"),
         ("evaluate.py --teacher TEACHER --database FOLDER", "--index"),
-        ("evaluate.py --teacher TEACHER --index i.pt", "--index needs --database"),
-        ("evaluate.py --teacher TEACHER --database FOLDER --index i.pt --query x.png", "alone"),
+        ("evaluate.py --teacher TEACHER --index i.pt", "--index has no meaning without"),
+        ("evaluate.py --teacher TEACHER --index i.pt --query x.png", "--teacher has no meaning"),
+        ("evaluate.py --teacher TEACHER --database FOLDER --index i.pt --ks 1", "--ks has no"),
         ("evaluate.py --teacher TEACHER --database EMPTY --index i.pt", "no images below EMPTY"),
         ("evaluate.py --query x.png", "--student"),
         ("evaluate.py --student TEACHER --index i.pt --query x.png --top 0", "--top"),

@@ -117,7 +117,7 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
+    rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))  # 0 would be mine's
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
         dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
