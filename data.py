@@ -110,7 +110,7 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # 1 + rank: numpy pads a seed with zeros, and (seed, epoch) is the sampler's.
+        # 1 + rank, since (seed, epoch, 0) is the stream of (seed, epoch), which the sampler has.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []
         for packed in self.decoded:

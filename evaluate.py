@@ -672,9 +672,11 @@ class Progress:
             return
         self.shown = now
         more = note() if note else ""
-        line = f"{self.title}: {self.done:4.0%}{more}, {format_time(left)} left"
+        whole = " of all" if self.share < 1 else ""
+        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
         if last:  # what was short is not worth a line
-            line = f"{self.title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+            title = "all" if self.share < 1 else self.title
+            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
         if terminal:
             print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
         elif line:

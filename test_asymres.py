@@ -1402,27 +1402,32 @@ def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeyp
     assert [group["weight_decay"] for group in groups] == [1e-6, 0], "none on GeM's p"
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 7, 8, 16])
 @pytest.mark.parametrize("script, group", [("train.py", 4), ("distill.py", 1)])
 def test_every_recipe_can_be_shared_by_processes(script, group, processes, monkeypatch):
-    """In equal shares of whole groups, as near to --batch-size as there are."""
+    """In whole groups, a step near to --batch-size, micro-batches of at least half of theirs."""
     monkeypatch.setattr(train, "process_count", lambda: processes)
     for recipe in PROGRAMS[script].RECIPES.values():
         micro_batch, count = train.divide_batch(argparse.Namespace(**recipe), group)
-        assert micro_batch % group == 0 and 0 < micro_batch <= recipe["micro_batch"]
+        largest = min(recipe["micro_batch"], max(group, recipe["batch_size"] // processes))
+        assert micro_batch % group == 0 and largest / 2 <= micro_batch <= recipe["micro_batch"]
         step = micro_batch * count * processes
-        assert (
-            step == group * processes or abs(step - recipe["batch_size"]) <= group * processes / 2
-        )
+        nearest = (group + micro_batch) * processes / 2
+        assert count == 1 or abs(step - recipe["batch_size"]) <= nearest
         if recipe["batch_size"] % (group * processes) == 0:
             assert step == recipe["batch_size"]
 
 
-def test_a_smaller_micro_batch_is_announced(monkeypatch, capsys):
+def test_other_steps_and_micro_batches_are_announced(monkeypatch, capsys):
     monkeypatch.setattr(train, "process_count", lambda: 2)
-    words = argparse.Namespace(batch_size=18, micro_batch=8)
-    assert train.divide_batch(words, 1) == (3, 3)
-    assert "note: a step is 18 images, in each process 3 x 3" in capsys.readouterr().out
+    for batch_size, micro_batch, expected, note in (
+        (20, 8, (5, 2), "note: a step is 20 images, in each process 2 x 5"),
+        (134, 8, (8, 8), "note: a step is 128 images, in each process 8 x 8"),  # 67 is a prime
+        (80, 8, (8, 5), ""),
+    ):
+        options = argparse.Namespace(batch_size=batch_size, micro_batch=micro_batch)
+        assert train.divide_batch(options, group=1) == expected
+        assert capsys.readouterr().out.strip() == note
 
 
 def test_a_step_does_not_depend_on_how_it_is_divided(folder, teacher, tmp_path, monkeypatch):

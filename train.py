@@ -117,7 +117,8 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))  # 0 would be mine's
+    # 1 + rank, since (seed, epoch, 0) is the stream of (seed, epoch), which `mine` has.
+    rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
         dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
@@ -366,16 +367,19 @@ def refuse_other_run(saved, options, teacher):
 def divide_batch(options, group):
     """(images of a micro-batch, micro-batches of a step) in each process; groups stay together.
 
-    All processes have equal shares of a step, of whole groups: where --batch-size cannot be divided
-    so, the nearest number that can. --micro-batch is an upper bound: the largest size that divides
-    a share evenly is taken.
+    All processes have equal shares of a step, and all micro-batches one size. --micro-batch is an
+    upper bound: a size from half of it on that divides a share evenly is taken, the largest. Where
+    there is none, it stays and the step is the nearest number of images that can be divided so.
     """
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
     share = group * max(1, round(options.batch_size / (group * process_count())))
-    largest = min(options.micro_batch, share)
-    micro_batch = max(n for n in range(group, largest + 1, group) if share % n == 0)
-    step, count = share * process_count(), share // micro_batch
+    largest = min(options.micro_batch // group * group, share)
+    sizes = range(largest, (largest + 1) // 2 - 1, -1)
+    even = [n for n in sizes if n % group == 0 and share % n == 0]
+    micro_batch = even[0] if even else largest
+    count = round(share / micro_batch)
+    step = micro_batch * count * process_count()
     if step != options.batch_size or micro_batch < largest:
         say(f"note: a step is {step} images, in each process {count} x {micro_batch}")
     return micro_batch, count
@@ -435,7 +439,12 @@ def add_common_options(parser):
     add("--arch", help="backbone: a name of torchvision, timm/NAME or resnet10 (*)")
     add("--dim", type=number(int, 0), help="embedding dimension D; 0: no whitening layer (*)")
     add("--epochs", type=number(int, 1), help="number of epochs (*)")
-    add("--epoch-size", type=number(int, 1), default=8000, help="maximum images per epoch (8000)")
+    add(
+        "--epoch-size",
+        type=number(int, 1),
+        default=8000,
+        help="maximum images (or anchors) per epoch (8000)",
+    )
     add("--batch-size", type=number(int, 1), help="images (or anchors) per optimizer step (*)")
     add("--micro-batch", type=number(int, 1), help="images (or anchors) per forward pass (*)")
     add("--lr", type=number(float, 1e-12), help="peak learning rate (*)")
