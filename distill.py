@@ -160,7 +160,7 @@ def new_student(teacher, options):
 def regress(teacher, dataset, options, student=None, progress=None):
     """The ablation without augmentation, in the place of `distill`: the absolute term alone.
 
-    Images are evaluation crops, which the teacher embeds once.
+    Images are evaluation crops, which the teacher embeds once, in float32.
     """
     targets = extract(
         teacher, dataset, options.teacher_size, options.device, workers=options.workers
@@ -241,7 +241,7 @@ def labelled_options(options, name, size):
 
 
 def finish(teacher, student, training, test, options, supervised=()):
-    """The closing table and picture of a student."""
+    """The closing table and picture of a student, in float32 whatever the training's precision."""
     where = {"device": options.device, "workers": options.workers}
     figure = f"{options.out}/queries.png"
     if test.labels is None:
