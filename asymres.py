@@ -2,12 +2,12 @@
 (WACV 2023): the embedding network, the losses of teacher and student, and checkpoints.
 
     net = EmbeddingNet("resnet50", dim=512)             # images (B, 3, H, W) -> unit vectors (B, D)
-    loss = distillation_loss(s, t, lambda_ts=0.77, lambda_ss=0.67)   # two times (B, A, D) -> scalar
+    loss = distillation_loss(s, t, lambda_ts=0.77, lambda_ss=0.67)     # (B, A, D) twice -> a scalar
 
 This file needs torch, torchvision and numpy, and nothing else of this project: copy it.
 
 Shapes: B images, A augmented views of each, D dimensions of an embedding, C channels of a feature
-map of h x w positions, P positives and M negatives of an anchor. Vectors are rows: (N, D).
+map of h x w positions, P positives and M negatives per anchor. Vectors are rows: (N, D).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import torchvision
 from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
-# torchvision's names of what follows the last feature map
+# torchvision's names for the layers after the last feature map
 HEAD = ("avgpool", "dropout", "fc", "classifier")
 
 # The authors' checkpoints: teachers of 448 px, networks of 224 px, students of 224 px.
@@ -44,8 +44,8 @@ class NetworkError(ValueError):
 class GeM(nn.Module):
     """Generalized-mean pooling: (B, C, h, w) -> (B, C), the mean of x^p over positions, ^(1/p).
 
-    p = 1 is the average, large p approaches the maximum. It is learned: one p for all channels, or
-    channels=C of them. Values below eps count as eps.
+    p = 1 is the average; a large p approaches the maximum. It is learned: one p for all channels,
+    or channels=C of them. Values below eps are raised to eps.
     """
 
     def __init__(self, p=3.0, channels=1, eps=1e-6):
@@ -56,29 +56,29 @@ class GeM(nn.Module):
     def forward(self, x):
         p = self.p.to(x.dtype)
         mean = x.clamp(min=self.eps).pow(p[:, None, None]).mean((-2, -1))  # (B, C)
-        # Where eps^p is not a float any more the mean is 0 and its root has no slope.
+        # If eps^p underflows the mean is 0, where the root has no finite slope.
         return mean.clamp(min=torch.finfo(x.dtype).tiny).pow(1 / p)
 
 
 class EmbeddingNet(nn.Module):
-    """Images (B, 3, H, W), normalised like ImageNet's, of any size -> unit vectors (B, D).
+    """Images (B, 3, H, W) of any size, ImageNet-normalised -> unit vectors (B, D).
 
     Backbone, pooling, L2, linear whitening, L2 (Sec. 3.1). Views (B, A, 3, H, W) give (B, A, D).
 
-    arch        a torchvision convolutional classifier, "timm/NAME" (needs timm), or "resnet10", a
-                basic block a stage ("resnet10-narrow": half as wide)
-    pooling     "gem", "gemmp" (one p for each channel), "mac" (maximum) or "spoc" (mean)
-    dim         D; 0: without whitening, D is then the number C of the backbone's channels
+    arch        a convolutional classifier of torchvision, "timm/NAME" (needs timm), or "resnet10",
+                with one basic block per stage ("resnet10-narrow": half as wide)
+    pooling     "gem", "gemmp" (one p per channel), "mac" (maximum) or "spoc" (mean)
+    dim         D; 0: no whitening, so that D is the number C of the backbone's channels
     pretrained  True: ImageNet weights; False: random weights; a path: a file of weights for `arch`
-    backbone    a module (B, 3, H, W) -> (B, C, h, w) of your own in place of `arch`
+    backbone    a module of your own, (B, 3, H, W) -> (B, C, h, w), in place of `arch`
 
-    With pretrained weights the batch-norm layers stay in eval mode while training: their statistics
-    are kept, scale and shift are learned. That is all that `pretrained` says of a `backbone`: give
-    False for one whose statistics are still to be estimated.
+    With pretrained weights the batch-norm layers stay in eval mode during training: their
+    statistics are kept, their scale and shift are learned. For a `backbone` of your own this is all
+    that `pretrained` decides: give False if its statistics are still to be estimated.
 
-    A pretrained network that expects another normalisation than ImageNet's gets it: see `mean` and
-    `std`. `size` is for the caller: the side in px at which the network was trained. Raises
-    NetworkError where `arch` or the weights cannot be had.
+    Images are renormalised for a pretrained network that expects another mean and std. `size` is
+    for the caller: the side in px at which the network was trained. Raises NetworkError if `arch`
+    or its weights are not available.
     """
 
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
@@ -107,7 +107,7 @@ class EmbeddingNet(nn.Module):
         self.train()
 
     def expect_normalisation(self, mean, std):
-        """Images come with ImageNet's mean and deviation; the backbone gets them with these."""
+        """Let the backbone see images of this mean and std instead of ImageNet's."""
         self.mean, self.std = tuple(mean), tuple(std)
         scale = torch.tensor(STD) / torch.tensor(self.std)
         shift = (torch.tensor(MEAN) - torch.tensor(self.mean)) / torch.tensor(self.std)
@@ -143,14 +143,14 @@ class EmbeddingNet(nn.Module):
 def distillation_loss(s, t, lambda_ts, lambda_ss):
     """The loss of the student (Eq. 6), summed over images: unit vectors (B, A, D) twice -> scalar.
 
-    s[b, i] and t[b, i] are what student and teacher make of view i of image b. Views are related to
-    views of the same image only, and no label is needed. The teacher's should have no gradient.
+    s[b, i] and t[b, i] are the student's and the teacher's embeddings of view i of image b. Views
+    are compared only with views of the same image, and no label is needed. t needs no gradient.
     """
     return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
 
 
 def absolute_term(s, t):
-    """Eq. 3: sum_b 1/A sum_i (1 - s_bi . t_bi)^2. A view lands where the teacher puts it."""
+    """Eq. 3: sum_b 1/A sum_i (1 - s_bi . t_bi)^2. Both networks put a view in the same place."""
     return (1 - (s * t).sum(-1)).square().mean(1).sum()
 
 
@@ -167,7 +167,7 @@ def ss_term(s, t):
 
 
 def mean_over_pairs(x):
-    """The mean over i != j: (B, A, A) -> (B,), or 0 where A is 1 and there are no pairs."""
+    """The mean over i != j: (B, A, A) -> (B,). It is 0 if A is 1, when there are no pairs."""
     views = x.shape[1]
     diagonal = x.diagonal(dim1=1, dim2=2)  # (B, A)
     return (x.sum((1, 2)) - diagonal.sum(1)) / max(1, views * (views - 1))
@@ -188,22 +188,22 @@ def triplet_loss(anchors, positives, negatives, margin=0.7):
 
 
 def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
-    """Distance-weighted sampling (Wu et al., ICCV 2017): how likely each image is to be a negative.
+    """Distance-weighted sampling (Wu et al., ICCV 2017): the probability of each negative.
 
     Unit vectors (Q, D) and (N, D), labels (Q,) and (N,) -> (Q, N), rows sum to 1, with 0 for the
-    anchor's own class. Uniform points on the sphere have distances d to the anchor of density
-    q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). A weight of 1/q(d), d >= 0.5, makes all distances equally
-    likely; 1e-6 more leaves enough to draw from where one weight dwarfs all others.
-    Raises ValueError where an anchor has no negative.
+    anchor's own class. For points uniform on the sphere, the distance d to the anchor has density
+    q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2). The weight 1/q(d), with d at least 0.5, makes all
+    distances equally likely; adding 1e-6 keeps several negatives possible if one weight dominates.
+    Raises ValueError if an anchor has no negative.
     """
     dim = anchors.shape[1]
     own_class = anchor_labels[:, None] == pool_labels  # (Q, N)
     if own_class.all(1).any():
         raise ValueError("an anchor has no negatives in the pool")
-    # At d = 2 the weight is infinite: 4 - 1e-6 stays below it.
+    # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # The authors' maximum also runs over the own class, at 0, so that it is never below 0.
+    # In the authors' code the maximum includes the own class, with 0, so it is never below 0.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -211,9 +211,9 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
 
 
 def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator=None):
-    """Rows (Q, count) of the pool, drawn by `negative_probabilities`, none twice for one anchor.
+    """Draw pool rows (Q, count) by `negative_probabilities`, without repetition for an anchor.
 
-    Raises ValueError where an anchor has fewer negatives than that.
+    Raises ValueError if an anchor has fewer negatives than `count`.
     """
     largest_class = pool_labels.unique(return_counts=True)[1].max()
     if len(pool_labels) - largest_class < count:
@@ -229,9 +229,9 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator
 
 
 def build_backbone(arch, pretrained):
-    """The layers of `arch` up to its last feature map, and the mean and std of its images.
+    """The layers of `arch` up to its last feature map, and the mean and std that it expects.
 
-    Its children are named as in the authors' checkpoints: `0.weight` is ResNet's conv1.
+    Their names are those of the authors' checkpoints: `0.weight` is ResNet's conv1.
     """
     from_imagenet = pretrained is True
     if arch in ("googlenet", "inception_v3"):
@@ -259,11 +259,11 @@ def build_backbone(arch, pretrained):
             else:
                 layers = [layer for name, layer in model.named_children() if name not in HEAD]
                 backbone = nn.Sequential(*layers)
-            if isinstance(model, torchvision.models.DenseNet):  # its forward goes on with a ReLU
+            if isinstance(model, torchvision.models.DenseNet):  # its forward adds a ReLU
                 backbone.add_module("relu", nn.ReLU(inplace=True))
-    except Exception as error:  # an unknown name, no timm, no download: each raises its own kind
+    except Exception as error:  # an unknown name, no timm, no download: many kinds
         raise NetworkError(
-            f"{arch} with {'ImageNet' if from_imagenet else 'random'} weights cannot be had "
+            f"{arch} with {'ImageNet' if from_imagenet else 'random'} weights is not available "
             f"({error!r:.200}); timm/NAME needs pip install timm; offline: --weights FILE"
         ) from error
     if not isinstance(pretrained, bool):
@@ -272,9 +272,9 @@ def build_backbone(arch, pretrained):
 
 
 def resnet10(width):
-    """A ResNet of one basic block a stage without its head, named as torchvision names its own.
+    """A ResNet with one basic block per stage and no head; layers are named as in torchvision.
 
-    width: channels of the first stage; torchvision's networks have 64.
+    width: channels of the first stage, which are 64 in torchvision's networks
     """
     model = nn.Sequential()
     model.add_module("conv1", nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False))
@@ -300,7 +300,7 @@ def resnet10(width):
 def load_weights(model, backbone, path):
     """Load a file of weights, of a classifier or an EmbeddingNet, into the backbone of a model.
 
-    The classifier's weights may be other ones, or missing. Returns the mean and std of its images.
+    The classifier's own layer may differ or be missing. Returns the mean and std to expect.
     """
     content = read_checkpoint(path)
     meta = content.get("meta", {}) if isinstance(content, dict) else {}
@@ -324,8 +324,8 @@ def load_weights(model, backbone, path):
     ]
     if missing:
         raise NetworkError(
-            f"{path} holds no weights of this network: {len(missing)} are missing or of another "
-            f"shape, {missing[0]} among them"
+            f"{path} does not hold the weights of this network: {len(missing)} are missing or of "
+            f"another shape, {missing[0]} among them"
         )
     whole.update(fitting)
     target.load_state_dict(whole)
@@ -334,13 +334,13 @@ def load_weights(model, backbone, path):
 
 @torch.no_grad()
 def count_channels(backbone, arch):
-    """C, found by looking: the attributes of torchvision's classifiers are not to be relied on."""
+    """C, by trying it out: no attribute tells it for all networks."""
     training = backbone.training
     image = torch.zeros(1, 3, 224, 224)
     image = image.to(next(backbone.parameters(), image))  # its device and dtype
     try:
         features = backbone.eval()(image)
-    except Exception as error:  # layers that do not follow one another, as a transformer's
+    except Exception as error:  # layers that cannot simply be chained, as in a transformer
         raise NetworkError(f"{arch} has no convolutional feature map ({error!r:.200})") from error
     backbone.train(training)
     shape = tuple(getattr(features, "shape", ()))
@@ -356,10 +356,10 @@ def count_channels(backbone, arch):
 
 
 def save_checkpoint(path, net, **extra):
-    """Write an EmbeddingNet in the authors' format, atomically.
+    """Write an EmbeddingNet to a file in the authors' format, atomically.
 
-    net may be wrapped by torch.compile or DataParallel. extra: more entries, of plain values and
-    tensors. Raises OSError where the file cannot be written; a previous one is then untouched.
+    net may be wrapped by torch.compile or DataParallel. extra: further entries, of plain values and
+    tensors. Raises OSError if the file cannot be written; an existing one is then left as it is.
     """
     while not isinstance(net, EmbeddingNet):
         net = net.module if hasattr(net, "module") else net._orig_mod
@@ -383,7 +383,7 @@ def save_atomically(path, content):
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch's word for a full disk
+    except RuntimeError as error:  # what torch raises if the disk is full
         raise OSError(f"{path} could not be written ({error})") from error
     finally:
         if os.path.exists(temporary):
@@ -391,12 +391,13 @@ def save_atomically(path, content):
 
 
 def read_checkpoint(path_or_name):
-    """What a file of torch.save holds; a name in RELEASED is an authors' file, downloaded once.
+    """The content of a file of torch.save, or of an authors' checkpoint, by its name in RELEASED.
 
-    Only plain data is read, so that a stranger's file runs no code. Raises NetworkError for others.
+    Only plain data is read, so that a stranger's file runs no code. Raises NetworkError if the file
+    is damaged or holds anything else.
     """
     path = str(path_or_name)
-    # The authors keep a numpy float, pickled under numpy 2's or numpy 1's name.
+    # The authors' files hold a numpy float, pickled under its name in numpy 2 or numpy 1.
     scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(x)) for x in ("f4", "f8", "i8")]
     numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
     try:
@@ -411,7 +412,7 @@ def read_checkpoint(path_or_name):
 
 
 def download_released(name):
-    """The path of an authors' checkpoint, fetched into torch.hub's folder if it is not there."""
+    """The path of an authors' checkpoint, downloaded into torch.hub's folder if it is not there."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     path, url = os.path.join(folder, f"{name}.pth"), RELEASED_URL.format(name)
     if not os.path.exists(path):
@@ -424,16 +425,16 @@ def download_released(name):
 
 
 def load_checkpoint(path_or_name, backbone=None):
-    """The EmbeddingNet, in eval mode, of a checkpoint, ours or the authors', or a name in RELEASED.
+    """Load an EmbeddingNet, in eval mode, from our or the authors' file, or by a name in RELEASED.
 
-    Its `size`, the resolution of its training in px, is None where neither file nor name tell.
-    A network with a `backbone` of your own needs it again. Raises NetworkError.
+    Its `size`, the resolution in px at which it was trained, is None if neither the file nor its
+    name tells. A network with a backbone of your own needs it as `backbone`. Raises NetworkError.
     """
     return make_network(read_checkpoint(path_or_name), path_or_name, backbone)
 
 
 def make_network(content, path_or_name, backbone=None):
-    """The EmbeddingNet of what `read_checkpoint` has read."""
+    """The EmbeddingNet, in eval mode, of what `read_checkpoint` returned."""
     try:
         meta, state = content["meta"], without_wrappers(content["state_dict"])
         if meta["architecture"] == "custom" and backbone is None:
@@ -454,12 +455,12 @@ def make_network(content, path_or_name, backbone=None):
 
 
 def without_wrappers(state):
-    """A state dict without the prefixes that torch.compile and DataParallel put before names."""
+    """A state dict without the prefixes that torch.compile and DataParallel add to names."""
     return {name.replace("_orig_mod.", "").removeprefix("module."): x for name, x in state.items()}
 
 
 def fingerprint(net):
-    """16 hexadecimal digits that name a network by its weights."""
+    """16 hexadecimal digits that identify a network by its weights."""
     digest = hashlib.sha256()
     for value in net.state_dict().values():
         digest.update(value.cpu().flatten().view(torch.uint8).numpy())

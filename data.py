@@ -1,10 +1,10 @@
-"""Images in: data sets, reading, the evaluation transform and the coupled views of Sec. 3.3.
+"""Images: the coupled views of Sec. 3.3, data sets, reading and the evaluation transform.
 
     python data.py cub --root data      # download, verify and unpack; sop likewise
 
 Worker processes decode images, shrink very large ones and make evaluation crops. Random crops,
-colours and mixup are made on the training device, a micro-batch at a time. This file stands alone:
-copy it for `DistillationLoader`.
+colours and mixup are computed on the training device, a micro-batch at a time. This file needs
+nothing else of this project: copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
 download; the drawn eggs.
@@ -33,11 +33,11 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
 
 class UserError(ValueError):
-    """What the user can mend: missing data, an impossible option. A program ends with its text."""
+    """What the user can mend: missing data, an impossible option. Programs end with its message."""
 
 
-# torchrun starts a program as several processes; each takes its share of an epoch's images. This
-# much is here because the file is copied alone, the rest in evaluate.py.
+# torchrun starts several processes, each of which takes its share of an epoch's images. These three
+# functions are here because the file stands alone; the others are in evaluate.py.
 
 
 def process_rank():
@@ -61,25 +61,26 @@ def say(*lines):
 # --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
 
 COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contrast, saturation, hue
-POOL_SIZE = 200  # images from which mixup's partners come
+POOL_SIZE = 200  # images from which the partners of mixup come
 
 
 class DistillationLoader:
     """Coupled views of images without labels (Sec. 3.3), in batches for student and teacher.
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
-    views       A, the number of views of an image
-    mixup       mix each view with that of another image, by a weight from Beta(0.2, 0.2): one of
-                the last 200 that were decoded, with the same crop numbers, flip and colours
-    min_scale   smallest share of an image's area in a crop
-    epoch_size  most images of an epoch, drawn anew for each
+    views       A, the number of views per image
+    mixup       mix each view with one of another image, weighted by Beta(0.2, 0.2). This partner
+                is one of the last 200 decoded images, put through the same draw: the crop from the
+                same random numbers, the same flip and colours
+    min_scale   smallest crop, as a share of the image's area
+    epoch_size  maximum number of images per epoch; others are drawn for each epoch
 
     Yields (student (B, A, 3, s, s), teacher (B, A, 3, t, t)), float and normalised, on `device`:
-    the same views at two sizes, s = student_size and t = teacher_size in px. They depend on seed
-    and epoch: call `set_epoch(epoch)` before each epoch, as with a DistributedSampler.
+    the same views at two sizes, s = student_size and t = teacher_size in px. They depend on the
+    seed and the epoch: call `set_epoch(epoch)` before each epoch, as with a DistributedSampler.
 
-    The 200 images wait on `device`, as uint8 and shrunk as far as no crop has to be enlarged: 0.1
-    GB for CUB's, and at most 2 GB, for photographs above 3 megapixels at 448 px and min_scale 0.08.
+    The 200 images are kept on `device` as uint8, shrunk only so far that no crop is enlarged: 0.1
+    GB for CUB, and at most 2 GB, for photographs above 3 megapixels at 448 px and min_scale 0.08.
     """
 
     def __init__(
@@ -110,49 +111,49 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # 1 + rank, since (seed, epoch, 0) is the stream of (seed, epoch), which the sampler has.
+        # Not plain rank: numpy takes (seed, epoch, 0) for (seed, epoch), which the sampler uses.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []
         for packed in self.decoded:
             images = to_images(packed, self.device)
-            pool = (pool + images)[-POOL_SIZE:]  # the batch is in its own pool
+            pool = (pool + images)[-POOL_SIZE:]  # the batch itself is in it
             draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
             small = render_views(images, draws, self.student_size)
             large = render_views(images, draws, self.teacher_size)
             yield small, large
 
 
-distillation_loader = DistillationLoader  # as a function's name, for those who import it so
+distillation_loader = DistillationLoader  # the same, for those who import it by this name
 
 
 class Draws(NamedTuple):
-    """All that is random in the V = B x A views of a batch of images, whatever the size in px."""
+    """All random choices of the V = B x A views of a batch of images, for any size in px."""
 
     boxes: list  # V crops of the images: top, left, height, width
     flips: torch.Tensor  # (V,) bool
-    factors: torch.Tensor  # (V, 4) of the colour operations
-    order: list  # of the four operations, one for the batch
-    partners: list  # V images (3, H, W) for mixup; none without
+    factors: torch.Tensor  # (V, 4), one for each colour operation
+    order: list  # of the four colour operations, the same for the whole batch
+    partners: list  # V images (3, H, W); empty without mixup
     partner_boxes: list  # V crops of the partners
-    weights: torch.Tensor  # (V,) of the image beside its partner
+    weights: torch.Tensor  # (V,) of the view itself; its partner has 1 - weight
 
 
 def sample_views(images, pool, views, min_scale, mixup, rng):
     """Draw `views` views of each of B images (3, H, W).
 
-    A view's partner for mixup is any other image of the pool; one that is alone is its own partner.
-    The partner's crop comes from the same random numbers, in its own frame; flip and colours are
-    the same. rng: numpy's Generator.
+    A view's partner for mixup is any other image of the pool (the image itself if it is alone). The
+    partner's crop comes from the same random numbers, in the partner's own frame; its flip and
+    colours are the same. rng: a numpy Generator.
     """
     count = len(images) * views
-    attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten for each view's box
+    attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten per box, see crop_box
     flips = torch.from_numpy(rng.random(count) < 0.5)
     factors = torch.from_numpy(rng.uniform(*COLOR_RANGE, (count, 4))).float()
     order = rng.permutation(4).tolist()
     weights = torch.from_numpy(rng.beta(0.2, 0.2, count)).float()
     boxes, partners, partner_boxes = [], [], []
     for image, numbers in zip(images, attempts, strict=True):
-        # By identity: the pool holds this very image, too.
+        # Compared by identity, since the pool holds the image itself.
         others = [other for other in pool if other is not image] or [image]
         for view in range(views):
             boxes.append(crop_box(numbers[view], *image.shape[1:], min_scale))
@@ -164,10 +165,10 @@ def sample_views(images, pool, views, min_scale, mixup, rng):
 
 
 def crop_box(attempts, height, width, min_scale):
-    """Top, left, height and width of RandomResizedCrop's box, from random numbers in [0, 1).
+    """The box of RandomResizedCrop (top, left, height, width), from random numbers in [0, 1).
 
-    The first of the attempts (area, ratio, top, left) that fits is taken, else the centre. So the
-    same numbers can give images of other shapes another of the attempts.
+    The first of the attempts (area, ratio, top, left) that fits into the image is taken; if none
+    does, the centre. So images of different shapes may take different attempts.
     """
     low, high = CROP_RATIO
     for u_area, u_ratio, u_top, u_left in attempts:
@@ -181,7 +182,7 @@ def crop_box(attempts, height, width, min_scale):
 
 
 def render_views(images, draws, size):
-    """The views that were drawn of B images, at one size: (B, A, 3, size, size), normalised."""
+    """The views drawn of B images, at one size: (B, A, 3, size, size), normalised."""
     device, views = images[0].device, len(draws.boxes) // len(images)
     factors = draws.factors.to(device, non_blocking=True)
     own = [image for image in images for _ in range(views)]
@@ -196,9 +197,9 @@ def render_views(images, draws, size):
 
 
 def crop_and_resize(images, boxes, flips, size):
-    """Crops of V uint8 images (3, H, W), resized and flipped: (V, 3, size, size) in [0, 1].
+    """Crop V uint8 images (3, H, W), resize and flip: (V, 3, size, size) in [0, 1].
 
-    Resizing is bilinear and antialiased, as torchvision's.
+    Resizing is bilinear and antialiased, as in torchvision's RandomResizedCrop.
     """
     crops = [
         image[:, top : top + height, left : left + width]
@@ -210,7 +211,7 @@ def crop_and_resize(images, boxes, flips, size):
 
 
 def resize_by_interpolation(crops, flips, size):
-    """One crop after another, in whole grey levels: fast on a CPU."""
+    """One crop after another, rounded to whole grey levels: the fast way on a CPU."""
     resized = []
     for crop, flip in zip(crops, flips.tolist(), strict=True):
         x = F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True)
@@ -219,17 +220,17 @@ def resize_by_interpolation(crops, flips, size):
 
 
 def resize_by_products(crops, flips, size, dtype=torch.float16, room=768 * 2**20):
-    """What `resize_by_interpolation` does, of all crops at once: a GPU does not wait for Python.
+    """What `resize_by_interpolation` does, for many crops at once: the fast way on a GPU.
 
-    Resizing is linear along columns and along rows: a crop becomes rows @ crop @ columns^T, where a
-    row of either matrix has the weights of one pixel of the result.
+    Resizing is linear along rows and along columns: a crop becomes rows @ crop @ columns^T, where
+    each row of these two matrices has the weights of one output pixel. So a GPU has one small copy
+    per crop, into a padded batch, and a few large operations for all of them.
 
-    room: about as many bytes are used beside the result; crops are taken in parts that fit. With
-    this many, 8 x 8 views of 448 px, mixed, stay below 1.5 GiB.
+    room: roughly the bytes of memory used beside the result; crops are processed in parts that
+    fit. With the default, 8 x 8 views of 448 px with mixup stay below 1.5 GiB.
     """
     height, width = (max(crop.shape[side] for crop in crops) for side in (1, 2))
-    # Of a crop: its channels as uint8 and float16, and some bytes for each number of the weights
-    # and products.
+    # Per crop: its channels as uint8 and float16, and the weights and products.
     bytes_per_crop = (3 + 6) * height * width + 12 * size * (height + width + size)
     count = max(1, room // bytes_per_crop)
     result = torch.empty(len(crops), 3, size, size, device=crops[0].device)
@@ -247,7 +248,7 @@ def resize_by_products(crops, flips, size, dtype=torch.float16, room=768 * 2**20
 
 
 def pad_crops(crops, height, width):
-    """v crops in the upper left corners of (v, 3, height, width), and their sides (v, 2)."""
+    """v crops, each in the upper left corner of (v, 3, height, width), and their sides (v, 2)."""
     device = crops[0].device
     padded = torch.zeros(len(crops), 3, height, width, dtype=torch.uint8, device=device)
     for place, crop in zip(padded, crops, strict=True):
@@ -257,7 +258,7 @@ def pad_crops(crops, height, width):
 
 
 def bilinear_weights(lengths, longest, size):
-    """Antialiased bilinear resizing of v lines of some lengths: (v, size, longest)."""
+    """The weights by which v lines of `lengths` px are resized to `size` px: (v, size, longest)."""
     scale = (lengths / size)[:, None, None]
     centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale  # (v, size, 1)
     pixel = torch.arange(longest, device=lengths.device) + 0.5
@@ -267,7 +268,7 @@ def bilinear_weights(lengths, longest, size):
 
 
 def color_jitter(x, factors, order):
-    """ColorJitter of views (V, 3, H, W) in [0, 1], in place, by factors (V, 4), in one order."""
+    """ColorJitter of views (V, 3, H, W) in [0, 1] by factors (V, 4), in one order; in place."""
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     for i in order:
         adjust[i](x, factors[:, i, None, None, None])
@@ -280,25 +281,25 @@ def adjust_brightness(x, factor):
 
 
 def adjust_contrast(x, factor):
-    """Move away from the mean grey of the view, in place."""
+    """Scale the distance to the view's mean grey by the factor, in place."""
     mean = to_grey(x).mean((-2, -1), keepdim=True)  # (V, 1, 1, 1)
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
-    """Move away from the grey of each pixel, in place."""
+    """Scale the distance to each pixel's own grey by the factor, in place."""
     grey = to_grey(x)
     x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 1)
 
 
 def to_grey(x):
-    """The luma of (V, 3, H, W) -> (V, 1, H, W)."""
+    """Luma: (V, 3, H, W) -> (V, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def adjust_hue(x, shift):
-    """Turn the hue by a share of the circle, in place: RGB to HSV, and back, as torchvision's."""
+    """Rotate the hue by a share of the circle, in place: to HSV and back, as torchvision does."""
     red, green, blue = x.split(1, dim=1)  # (V, 1, H, W) each
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
@@ -307,7 +308,7 @@ def adjust_hue(x, shift):
     hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = torch.where(value == red, (green - blue) / divisor, hue)
     hue = (hue + 6 * shift) % 6
-    red.copy_((hue - 3).abs() - 1)  # the pure colour of that hue, once it is held to [0, 1]
+    red.copy_((hue - 3).abs() - 1)  # the pure colour of that hue, once clamped to [0, 1]
     green.copy_(2 - (hue - 2).abs())
     blue.copy_(2 - (hue - 4).abs())
     x.clamp_(0, 1).mul_(chroma).add_(low)
@@ -316,7 +317,7 @@ def adjust_hue(x, shift):
 def random_crops(dataset, batches, size, min_scale, workers, device, rng):
     """The teacher's augmentation (Sec. 3.2): random crops and flips of a data set's images.
 
-    batches: lists of b indices, for each of which (b, 3, size, size), normalised, is yielded.
+    For each list of b indices in `batches` yields (b, 3, size, size), normalised, on the device.
     """
     max_pixels = most_pixels_needed(size, min_scale)
     for packed in decoding_loader(dataset, batches, max_pixels, workers, device):
@@ -334,7 +335,7 @@ def random_crops(dataset, batches, size, min_scale, workers, device, rng):
 
 
 class InWorkers(Dataset):
-    """function(images, i) for each image i of a data set: what worker processes do."""
+    """A data set of function(images, i), for each image i, which worker processes compute."""
 
     def __init__(self, images, function):
         self.images, self.function = images, function
@@ -347,7 +348,7 @@ class InWorkers(Dataset):
 
 
 def decode(images, i, max_pixels):
-    """Image i as uint8 (3, H, W), shrunk to max_pixels if it is an ImageDataset's."""
+    """Image i as uint8 (3, H, W); an ImageDataset shrinks it to max_pixels."""
     if isinstance(images, ImageDataset):
         return TF.pil_to_tensor(images.read(i, max_pixels))
     return TF.pil_to_tensor(to_rgb(images[i]))
@@ -359,7 +360,7 @@ def decode_evaluation_crop(images, i, size):
 
 
 def worker_loader(dataset, function, batches, workers, device="cpu", collate=None):
-    """A DataLoader of function(dataset, i) for each i of the lists of indices in `batches`."""
+    """A DataLoader of function(dataset, i) for the indices i in each list of `batches`."""
     return DataLoader(
         InWorkers(dataset, function),
         batch_sampler=batches,
@@ -371,7 +372,7 @@ def worker_loader(dataset, function, batches, workers, device="cpu", collate=Non
 
 
 def decoding_loader(dataset, batches, max_pixels, workers, device):
-    """A DataLoader of whole images; `to_images` unpacks what it gives."""
+    """A DataLoader of whole images, packed by `pack_images`; `to_images` unpacks them."""
     decode_one = partial(decode, max_pixels=max_pixels)
     return worker_loader(dataset, decode_one, batches, workers, device, pack_images)
 
@@ -383,37 +384,37 @@ def evaluation_loader(dataset, size, batches, workers, device):
 
 
 def pack_images(images):
-    """Images (3, H, W) of any sizes as one tensor, for one transfer, and their heights and widths.
+    """Images (3, H, W) of any shapes as one tensor, for one transfer, and their heights and widths.
 
-    Channels lie last in memory, as Pillow has them: a CPU resizes that almost twice as fast.
+    Channels come last in memory, as in Pillow, because a CPU resizes that almost twice as fast.
     """
     pixels = torch.cat([image.permute(1, 2, 0).flatten() for image in images])
     return pixels, [tuple(image.shape[1:]) for image in images]
 
 
 def to_images(packed, device):
-    """What `pack_images` packed as a list of images on the device."""
+    """The images that `pack_images` packed, as a list, on the device."""
     pixels, sizes = packed
-    pixels = pixels.to(device, non_blocking=True, copy=True)  # a copy lets shared memory go
+    pixels = pixels.to(device, non_blocking=True, copy=True)  # a copy frees shared memory
     parts = pixels.split([3 * height * width for height, width in sizes])
     return [part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, sizes, strict=True)]
 
 
 def ignore_ctrl_c(worker):
-    """A worker ends with the main process, which alone answers Ctrl-C."""
+    """Let a worker ignore Ctrl-C: it ends with the main process, which answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def most_pixels_needed(size, min_scale):
-    """How many pixels an image must keep so that its smallest random crop still has size px.
+    """How many pixels an image needs so that its smallest random crop is not enlarged to size px.
 
-    A crop has min_scale of the area at least, and its shorter side squared 3/4 of that.
+    A crop has at least min_scale of the area, and its shorter side squared is 3/4 of that.
     """
     return size**2 / (min_scale * CROP_RATIO[0])
 
 
 class EpochSampler(Sampler):
-    """An epoch's images: at most epoch_size, drawn anew, of which each process takes its share."""
+    """The images of an epoch: at most epoch_size, drawn anew; each process takes its share."""
 
     def __init__(self, count, epoch_size=None, seed=1234):
         self.count, self.seed, self.epoch = count, seed, 0
@@ -448,7 +449,7 @@ COUNTS = {  # images of the published split, by which a copy is checked
     "cars": {"train": 8054, "test": 8131},
     "sop": {"train": 59551, "test": 60502},
 }
-LAST_TRAINING_CLASS = {"cub": 100, "cars": 98, "sop": 11318}  # the classes after it are for testing
+LAST_TRAINING_CLASS = {"cub": 100, "cars": 98, "sop": 11318}  # later ones are test classes
 LAYOUTS = {
     "cub": "images.txt and images/<class>/*.jpg",
     "sop": "Ebay_train.txt, Ebay_test.txt and *_final/*.JPG",
@@ -458,11 +459,11 @@ LAYOUTS = {
 
 
 class ImageDataset(Dataset):
-    """Images: dataset[i] is image i, PIL and RGB.
+    """Images with or without labels: dataset[i] is image i, a PIL image in RGB.
 
-    paths             files; [] for drawn images, which are given as images, uint8 (N, H, W, 3)
-    labels            a list of ints, one for each image, or None for images without labels
-    training_classes  names of a folder's classes that train; [] where there is no such folder
+    paths             files; [] for drawn images, which are in images, uint8 (N, H, W, 3)
+    labels            a list of ints, one per image, or None for images without labels
+    training_classes  of a folder of classes, the names of those for training; else []
     """
 
     def __init__(self, paths=(), labels=None, images=None):
@@ -478,13 +479,13 @@ class ImageDataset(Dataset):
         return self.read(i)
 
     def read(self, i, max_pixels=None):
-        """Image i, shrunk to max_pixels. Raises UserError if it cannot be read."""
+        """Image i, shrunk to max_pixels if it has more. Raises UserError if it is not readable."""
         if self.images is not None:
             return Image.fromarray(self.images[i])
         return read_image(self.paths[i], max_pixels)
 
     def subset(self, rows):
-        """The data set of some of its images."""
+        """The data set of these images only."""
         other = copy.copy(self)
         other.paths = [self.paths[i] for i in rows] if self.paths else []
         other.labels = None if self.labels is None else [self.labels[i] for i in rows]
@@ -493,16 +494,16 @@ class ImageDataset(Dataset):
 
 
 def load_dataset(name, root=None, split="train", unlabelled=False, training_classes=None):
-    """An ImageDataset of one split.
+    """Load one split of a data set as an ImageDataset.
 
-    name              cub, cars or sop (in `root`), synthetic, or a folder (by itself or below
-                      `root`)
-    split             "train" or "test", of other classes; "fit" and "val", the halves of the
-                      training classes, are for choosing settings
-    unlabelled        any folder of photographs: every tenth by name is "test". A folder with images
-                      directly in it is always taken so; any other has a sub-folder for each class
-    training_classes  names of a folder's classes that train; all others, as those that were added
-                      since, are test classes. By default the first half by name
+    name              cub, cars or sop (in `root`), synthetic, or a folder (with or without `root`)
+    split             "train" or "test", which have different classes; "fit" or "val", the halves
+                      of the training classes, for choosing settings
+    unlabelled        True: the folder holds photographs in any arrangement, and every tenth by name
+                      is for testing. A folder with images directly in it is always read like this.
+                      False: it has a sub-folder for each class
+    training_classes  names of the folder's classes for training; all others, including any that are
+                      added later, are for testing. By default the first half by name
 
     Raises UserError, which says what is expected.
     """
@@ -529,24 +530,24 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
 
 
 def settle_dataset(name, root):
-    """(name, root) as checkpoints keep them: a known name and an absolute path, or a folder's."""
+    """(name, root) as checkpoints record them: absolute paths. Of a folder the name is the path."""
     if name.lower() in (*COUNTS, "synthetic"):
         return name.lower(), root and absolute(root)
     return absolute(os.path.join(root or "", name)), None
 
 
 def absolute(path):
-    """The whole path, with ~ and links followed."""
+    """The absolute path, with ~ and links followed."""
     return str(Path(path).expanduser().resolve())
 
 
 def first_half(names):
-    """The first half of a list, and the middle one of an odd number."""
+    """The first half of a list, including the middle of an odd number."""
     return names[: (len(names) + 1) // 2]
 
 
 def select_classes(dataset, labels, inside):
-    """The images inside or outside of some classes, by label."""
+    """The images of these classes, by label, or of all others."""
     labels = set(labels)
     rows = [i for i, label in enumerate(dataset.labels) if (label in labels) == inside]
     return dataset.subset(rows)
@@ -558,7 +559,7 @@ def has_images_directly(folder):
 
 
 def load_photographs(folder, split):
-    """A folder in any arrangement, without labels: every tenth image by name is for testing."""
+    """Images anywhere below a folder, without labels; every tenth by name is for testing."""
     paths = list_images(folder)
     if split not in ("train", "test"):
         raise UserError("validation needs classes: these images have no labels")
@@ -588,14 +589,14 @@ def load_class_folders(folder, split, training_classes=None):
 
 
 def load_published(name, root, split):
-    """CUB200, Cars196 or SOP by the lists that come with them; UserError unless complete."""
-    archive = Path(DOWNLOADS[name][0]).stem if name in DOWNLOADS else ""  # has a folder at its top
+    """CUB200, Cars196 or SOP by its published lists. Raises UserError unless it is complete."""
+    archive = Path(DOWNLOADS[name][0]).stem if name in DOWNLOADS else ""  # also its top folder
     if os.path.isdir(os.path.join(root, archive)):
         root = os.path.join(root, archive)
     read_lines = {"cub": read_cub, "sop": read_sop, "cars": read_cars}[name]
     try:
         paths, labels = zip(*read_lines(Path(root)), strict=True)
-    except Exception as error:  # missing, damaged, of another kind: each raises its own
+    except Exception as error:  # what is missing or damaged raises many kinds
         raise UserError(
             f"{name} cannot be read in {root} ({error!r:.200}): {LAYOUTS[name]} are expected there"
         ) from error
@@ -612,14 +613,14 @@ def load_published(name, root, split):
 
 
 def read_cub(root):
-    """(path, class) of each image by images.txt: 1 001.Black_footed_Albatross/x.jpg."""
+    """(path, class) of each image, by images.txt: 1 001.Black_footed_Albatross/x.jpg."""
     lines = (root / "images.txt").read_text().splitlines()
     for path in (line.split(maxsplit=1)[1].strip() for line in lines if line.strip()):
         yield f"images/{path}", path.split(".")[0]
 
 
 def read_sop(root):
-    """(path, class) of each image by the two lists: image, class, super-class, path."""
+    """(path, class) of each image, by two lists with columns image, class, super-class, path."""
     for file in ("Ebay_train.txt", "Ebay_test.txt"):
         for line in (root / file).read_text().splitlines()[1:]:
             _, label, _, path = line.split(maxsplit=3)
@@ -627,7 +628,7 @@ def read_sop(root):
 
 
 def read_cars(root):
-    """(path, class) of each image by cars_annos.mat, or by the csv files of a common copy."""
+    """(path, class) of each image, by cars_annos.mat or by the csv files of a common copy."""
     if not (root / "anno_train.csv").exists():
         from scipy.io import loadmat  # optional
 
@@ -644,7 +645,7 @@ def read_cars(root):
 
 
 def load_readable(name, root, split, unlabelled=False, training_classes=None, workers=0):
-    """`load_dataset`, and of a folder only the images that can be read."""
+    """`load_dataset`, without those images of a folder that cannot be read."""
     dataset = load_dataset(name, root, split, unlabelled, training_classes)
     if name in COUNTS or name == "synthetic":
         return dataset
@@ -652,9 +653,9 @@ def load_readable(name, root, split, unlabelled=False, training_classes=None, wo
 
 
 def keep_readable(dataset, workers=0):
-    """The data set without the images that cannot be read, which are named once and counted.
+    """The data set without the images that cannot be read, which are named and counted.
 
-    Raises UserError where fewer than nine of ten can be read.
+    Raises UserError if more than one in ten cannot be read.
     """
     batches = BatchSampler(range(len(dataset)), 64, drop_last=False)
     checks = worker_loader(dataset, find_mistake, batches, workers)
@@ -670,7 +671,7 @@ def keep_readable(dataset, workers=0):
 
 
 def find_mistake(dataset, i):
-    """What is wrong with image i, or "": it is decoded as small as its format can."""
+    """Why image i cannot be read, or "". It is decoded as small as its format allows."""
     try:
         dataset.read(i, max_pixels=1)
     except UserError as error:
@@ -680,7 +681,7 @@ def find_mistake(dataset, i):
 
 # -------------------------------------------------------------------------------- reading images
 
-TURNS = {  # by the EXIF entry Orientation
+TURNS = {  # for each value of the EXIF tag Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -690,15 +691,14 @@ TURNS = {  # by the EXIF entry Orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-
-# Formats that Pillow recognises, but leaves to other programs to draw
+# Formats that Pillow recognises but cannot decode itself
 NOT_DRAWN = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def read_image(path, max_pixels=None):
-    """The RGB image that a viewer shows; one of more than max_pixels is shrunk while it is decoded.
+    """The RGB image as a viewer shows it; with more than max_pixels it is shrunk while decoding.
 
-    Raises UserError, which names the file, for what cannot be read.
+    Raises UserError, which names the file, if it cannot be read.
     """
     try:
         with Image.open(path) as file:
@@ -711,12 +711,12 @@ def read_image(path, max_pixels=None):
         if shrink < 1:
             image = image.resize(size, Image.Resampling.LANCZOS)
         return image if turn is None else image.transpose(turn)
-    except Exception as error:  # Pillow raises a dozen kinds
+    except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{path} cannot be read as an image ({error!r:.200})") from error
 
 
 def to_rgb(image):
-    """A PIL image of any mode as RGB: transparency on white, deeper grey scaled to 8 bits."""
+    """A PIL image of any mode as RGB, with transparency on white and deep grey scaled to 8 bits."""
     if image.mode[0] in "IF":
         grey = np.asarray(image, dtype=np.float64)
         if image.mode == "F":
@@ -731,7 +731,7 @@ def to_rgb(image):
 
 
 def list_images(folder):
-    """Paths of the images anywhere below a folder, sorted, without hidden files and folders."""
+    """The sorted paths of all images below a folder, except in hidden files and folders."""
     paths = []
     for parent, folders, files in os.walk(folder):  # does not follow links to folders
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -740,7 +740,7 @@ def list_images(folder):
 
 
 def is_image(path):
-    """Whether a file has the name of an image that Pillow reads, and is not hidden."""
+    """Whether a file is named like an image that Pillow reads, and is not hidden."""
     Image.init()
     name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
     readable = Image.EXTENSION.get(suffix) in Image.OPEN.keys() - NOT_DRAWN
@@ -748,29 +748,30 @@ def is_image(path):
 
 
 def evaluation_crop(image, size):
-    """The centre of a PIL image whose shorter side is resized to size * 8/7 (Sec. 4).
+    """The centre crop of a PIL image whose shorter side is resized to size * 8/7 px (Sec. 4).
 
-    In one step, so that an image of 65,000 x 1 px never becomes large.
+    By Lanczos, as in the authors' code; random crops are bilinear, as theirs are. Both steps are
+    done at once, so that an image of 65,000 x 1 px never becomes large.
     """
     scale = size * 8 / 7 / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (round((side - size) / 2) for side in (width, height))
-    x, y = image.width / width, image.height / height  # px of the image to one of the resized
+    x, y = image.width / width, image.height / height  # px of the image per resized px
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
 def evaluation_transform(size):
-    """Sec. 4: a function from a PIL image of any mode to (3, size, size), ImageNet-normalised."""
+    """A function from a PIL image of any mode to (3, size, size), ImageNet-normalised (Sec. 4)."""
     return partial(_evaluation_transform, size=size)
 
 
-def _evaluation_transform(image, size):  # named, so that spawned workers can be given it
+def _evaluation_transform(image, size):  # not a lambda, so that it can be pickled for workers
     return normalize(TF.pil_to_tensor(evaluation_crop(to_rgb(image), size)) / 255)
 
 
 def normalize(images):
-    """(..., 3, H, W) float in [0, 1] -> ImageNet-normalised, in place."""
+    """Normalise (..., 3, H, W) in [0, 1] by ImageNet's mean and deviation, in place."""
     for channel, mean, std in zip(images.unbind(-3), MEAN, STD, strict=True):
         channel.sub_(mean).div_(std)
     return images
@@ -780,10 +781,10 @@ def normalize(images):
 
 
 def download(name, root):
-    """Download a published data set into a folder, unpack it and verify that it is whole."""
+    """Download a published data set into a folder, unpack it and verify that it is complete."""
     if name not in DOWNLOADS:
         raise UserError(
-            "cars has no download of its own any more; copies are on Kaggle (Stanford Cars): "
+            "cars is no longer offered for download; copies are on Kaggle (Stanford Cars): "
             f"--root is the folder that holds {LAYOUTS['cars']}"
         )
     url, md5 = DOWNLOADS[name]
@@ -795,15 +796,15 @@ def download(name, root):
         say(f"{len(load_dataset(name, root, split))} {split} images, all there")
 
 
-# ---------------------------------------------------------- the embedded data set: drawn eggs
+# -------------------------------------------------------- the built-in data set: drawn eggs
 
 
 def draw_eggs(split):
-    """Drawn eggs of 80 px: 120 classes of 8 to train on ("train"), 60 others of 16 ("test").
+    """Drawn eggs of 80 px: 120 classes of 8 images for "train", 60 others of 16 for "test".
 
-    A class is the directions and widths of the stripes on shell, white and yolk: at 32 px about the
-    narrowest that pixels can show. Colours, shared by many classes, position, size, light and
-    ground vary.
+    A class has its own directions and widths of the stripes on shell, white and yolk; at 32 px they
+    are about the narrowest that pixels can show. Colours are shared by many classes. Position,
+    size, light and background vary between images.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -812,8 +813,8 @@ def draw_eggs(split):
 
     classes = torch.arange(180)
     angles = np.pi * (classes[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
-    periods = uniform(0.12, 0.15, 180, 3)  # of the stripes, in halves of the image's side
-    palettes = uniform(0.05, 0.95, 6, 2, 3)  # a dark and a light colour each
+    periods = uniform(0.12, 0.15, 180, 3)  # of the stripes; the image is 2 wide
+    palettes = uniform(0.05, 0.95, 6, 2, 3)  # six, of a dark and a light colour each
     if split == "train":
         labels = classes[:120].repeat_interleave(8)
     else:
@@ -829,7 +830,10 @@ def draw_eggs(split):
 
 
 def draw_striped_eggs(angles, periods, palettes, uniform):
-    """n eggs, uint8 (n, 80, 80, 3), of stripes (n, 3) on shell, white, yolk; colours (n, 2, 3)."""
+    """n eggs, uint8 (n, 80, 80, 3), with stripes (n, 3) on shell, white and yolk.
+
+    palettes (n, 2, 3): a dark and a light colour each.
+    """
     n, side = len(angles), 80
 
     def one_each(low, high):
@@ -838,7 +842,7 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     def noise(cells):
         return F.interpolate(uniform(0, 1, n, 3, cells, cells), size=(side, side), mode="bicubic")
 
-    # x and y of each pixel in the egg's own frame, (n, side, side) each.
+    # x and y of each pixel in the egg's own frame: (n, side, side) each.
     axis = 2 * (torch.arange(side) + 0.5) / side - 1
     x, y = axis - one_each(-0.12, 0.12), axis[:, None] - one_each(-0.12, 0.12)
     tilt, scale = one_each(-0.015, 0.015), one_each(0.95, 1.05)
@@ -848,14 +852,14 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # 1 on the outline
 
     stripes = torch.zeros_like(radius)
-    for part, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each over the last
+    for part, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each on the one before
         angle, period = angles[:, part, None, None], periods[:, part, None, None]
         phase = (x * angle.cos() + y * angle.sin()) / period + one_each(0, 1)
         wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
         stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
     stripes = 0.5 + (stripes - 0.5) * one_each(1.5, 1.8)  # bold
 
-    radius, stripes = radius[:, None], stripes[:, None]  # beside the 3 channels
+    radius, stripes = radius[:, None], stripes[:, None]  # for the 3 channels
     colours = (palettes + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)
     dark, light = colours[..., None, None].unbind(1)
     egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, stripes)

@@ -1,11 +1,11 @@
-"""The student (Sec. 3.3): distillation, without labels, from large images to small ones.
+"""Distil a student (Sec. 3.3), without labels: small images, embedded as the teacher's large ones.
 
     python distill.py                                                   # the paper in miniature
     python distill.py --teacher runs/cub-448-seed1234/model.pt --student-size 224      # the paper
     python distill.py --dataset PHOTOS --unlabelled --student-size 224  # any folder of photographs
 
-The first command needs no data: it draws some, trains a teacher and a baseline with labels, and
-distils a student in a few minutes on a CPU. In the last one an ImageNet network is the teacher.
+The first command needs no data: it draws some, trains a baseline with labels and a teacher, and
+distils a student, in a few minutes on a CPU. In the last one the teacher is an ImageNet network.
 """
 
 import argparse
@@ -40,7 +40,8 @@ from evaluate import (
     run_program,
 )
 
-# What differs by data set; "folder" is any other. The values for CUB, Cars and SOP are the paper's.
+# The defaults that depend on the data set; "folder" is any other one. Those for CUB, Cars and SOP
+# are the paper's.
 CUB = dict(
     teacher_size=448,
     student_size=224,
@@ -82,12 +83,12 @@ RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": FOLDER, "synthetic": 
 
 
 def distill(teacher, dataset, options, student=None, progress=None):
-    """Distil a student, or resume its run. Returns it, in eval mode.
+    """Distil a student, or resume its run. Returns the student, in eval mode.
 
-    teacher   an EmbeddingNet; it is frozen
-    dataset   an ImageDataset; labels are not read
-    options   as from `parse_options` and `complete_options`
-    student   by default the one that the options describe
+    teacher   an EmbeddingNet, which is then frozen
+    dataset   an ImageDataset, whose labels are not read
+    options   see `parse_options` and `complete_options`
+    student   an EmbeddingNet; by default the one that the options describe
     """
     student, run = start_run(teacher, dataset, options, student, progress)
     loader = DistillationLoader(
@@ -104,6 +105,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
         epoch_size=options.epoch_size,
     )
     for epoch in range(run.first_epoch, options.epochs):
+        run.begin_epoch()
         loader.set_epoch(epoch)
         distill_one_epoch(teacher, student, loader, run, options)
         run.end_epoch()
@@ -111,7 +113,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
 
 
 def distill_one_epoch(teacher, student, loader, run, options):
-    """The student learns to embed small views as the teacher embeds the same views when large."""
+    """The student learns to embed small views as the teacher embeds the same views, large."""
     student.train()
     for i, (small, large) in enumerate(loader, start=1):  # views (B, A, 3, H, W) at two sizes
         with run.autocast():
@@ -122,34 +124,32 @@ def distill_one_epoch(teacher, student, loader, run, options):
         loss.backward()
         run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(loader):
-            run.step()  # of AdamW and the schedule; gradients are 0 again
+            run.step()  # AdamW and its schedule; gradients are zeroed
 
 
 def start_run(teacher, dataset, options, student=None, progress=None):
-    """(student, its run) before the first epoch, or after the last one that was saved.
-
-    Both networks get their `size`, and the teacher is frozen.
-    """
+    """(student, its run), new or resumed, with the teacher frozen on the same device."""
     if student is None:
         student = new_student(teacher, options)
     student.size, teacher.size = options.student_size, options.teacher_size
     if student.dim != teacher.dim:
         raise UserError(
-            f"the student's embeddings have {student.dim} dimensions: give --dim {teacher.dim}, as "
-            "the teacher's have"
+            f"the student has {student.dim} dimensions and the teacher {teacher.dim}: give --dim "
+            f"{teacher.dim}"
         )
     teacher.to(find_device(options.device), memory_format=torch.channels_last)
     teacher.eval().requires_grad_(False)
-    count = len(EpochSampler(len(dataset), options.epoch_size))  # of an epoch, in this process
+    count = len(EpochSampler(len(dataset), options.epoch_size))  # images per epoch and process
     run = train.Run(student, options, count, teacher=fingerprint(teacher), progress=progress)
+    run.resume()
     if options.unlabelled and not options.teacher and process_rank() == 0:
-        # An ImageNet network has no checkpoint of its own to evaluate, index and search with.
+        # An ImageNet network has no checkpoint yet, which evaluate.py needs for the index.
         save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     return student, run
 
 
 def new_student(teacher, options):
-    """The network that a student starts from: ImageNet's weights, a file's, or the teacher's."""
+    """The student before its training, with weights of ImageNet, a file or the teacher."""
     if options.weights != "teacher":
         return train.new_network(options, teacher.pooling, options.student_size)
     if options.arch != teacher.arch:
@@ -158,7 +158,7 @@ def new_student(teacher, options):
 
 
 def regress(teacher, dataset, options, student=None, progress=None):
-    """The ablation without augmentation, in the place of `distill`: the absolute term alone.
+    """The ablation without augmentation, in place of `distill`: only the absolute term (Eq. 3).
 
     Images are evaluation crops, which the teacher embeds once, in float32.
     """
@@ -169,6 +169,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
     targets = targets.to(run.device)
     sampler = EpochSampler(len(dataset), options.epoch_size, options.seed)
     for epoch in range(run.first_epoch, options.epochs):
+        run.begin_epoch()
         sampler.set_epoch(epoch)
         batches = list(BatchSampler(sampler, run.micro_batch, drop_last=False))
         crops = evaluation_loader(
@@ -192,11 +193,11 @@ def regress(teacher, dataset, options, student=None, progress=None):
 
 
 def miniature(options):
-    """Labels at the small size, the teacher, the student, and the table of all, on drawn eggs."""
+    """On drawn eggs: the baseline with labels, the teacher, the student, and a table of them."""
     training, test = train.load_images(options)
     teacher_options = labelled_options(options, "teacher", options.teacher_size)
     labels_options = labelled_options(options, "labels", options.student_size)
-    # As many image passes as the student: an anchor takes 1 + NEGATIVES of them.
+    # As many image passes as the student has; an anchor takes 1 + NEGATIVES of them.
     passes = options.epochs * (1 if options.regression else options.views)
     labels_options.epochs = max(1, round(passes / (1 + train.NEGATIVES)))
     classes, others = len(set(training.labels)), len(set(test.labels))
@@ -210,7 +211,7 @@ def miniature(options):
         f"Then {len(test)} images of {others} other classes are searched for each other.",
     )
     progress = Progress("", announce=True)
-    labels_time, teacher_time, student_time = 0.14, 0.57, 0.29  # of the whole, measured on a CPU
+    labels_time, teacher_time, student_time = 0.14, 0.57, 0.29  # shares, measured on a CPU
     progress.stage(f"1. labels, {small}", labels_time)
     labels = train.train(training, labels_options, progress=progress)
     progress.stage(f"2. teacher, {large}", teacher_time)
@@ -220,8 +221,8 @@ def miniature(options):
     student = learn(teacher, training, options, progress=progress)
     finish(teacher, student, training, test, options, [labels])
     say(
-        f"  teacher, symmetric    queries and database at {large}: what there is to reach",
-        f"  no distillation       the teacher's own embedding of {small} queries in that database",
+        f"  teacher, symmetric    queries and database at {large}: the goal",
+        f"  no distillation       {small} queries in that database, embedded by the teacher itself",
         f"  labels, symmetric     trained with labels at {small}, in a database of its own",
         f"  student, asymmetric   {small} queries in the teacher's database: the paper's claim",
         f"  student, symmetric    {small} queries in a {small} database of the student's own",
@@ -229,9 +230,9 @@ def miniature(options):
 
 
 def labelled_options(options, name, size):
-    """train.py's options for the teacher or the baseline of the miniature.
+    """train.py's options for the miniature's teacher or baseline.
 
-    What is not about all three networks has train.py's defaults.
+    Options of all three networks are taken over; the others have train.py's defaults.
     """
     argv = ["--dataset", "synthetic", "--size", str(size), "--out", f"{options.out}/{name}"]
     labelled = train.parse_options(argv)
@@ -241,7 +242,7 @@ def labelled_options(options, name, size):
 
 
 def finish(teacher, student, training, test, options, supervised=()):
-    """The closing table and picture of a student, in float32 whatever the training's precision."""
+    """Print and draw what the student finds, in float32 whatever the precision of training."""
     where = {"device": options.device, "workers": options.workers}
     figure = f"{options.out}/queries.png"
     if test.labels is None:
@@ -255,11 +256,11 @@ def finish(teacher, student, training, test, options, supervised=()):
 
 
 def parse_options(argv=None):
-    """The options as on the command line, None where it is silent: see `complete_options`."""
+    """Parse the command line; what it leaves open is None until `complete_options`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nWith --teacher its size, network and dimensions come before these.",
+        + "\nWith --teacher, its size, architecture and dimension come before these.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
@@ -269,11 +270,11 @@ def parse_options(argv=None):
         "--dataset",
         help="cub, cars, sop, synthetic or a folder (default: the teacher's, or synthetic)",
     )
-    add("--root", help="folder that holds the data set (default: where the teacher found it)")
+    add("--root", help="folder that holds the data set (default: the teacher's)")
     add(
         "--unlabelled",
         action="store_true",
-        default=None,  # not given: a student then does as its teacher did
+        default=None,  # so that a student can take its teacher's
         help="the data set is any folder of images, without labels",
     )
     add("--teacher-size", type=number(int, 1), metavar="PX", help="image size of the teacher (*)")
@@ -281,7 +282,7 @@ def parse_options(argv=None):
     add("--weights", help="initial weights: imagenet, random, teacher or a file (*)")
     add("--views", type=number(int, 1), help="A, augmented views per image (*)")
     add("--no-mixup", action="store_true", help="do not mix views with those of other images")
-    add("--regression", action="store_true", help="ablation: no augmentation, absolute term only")
+    add("--regression", action="store_true", help="ablation: no augmentation, only absolute term")
     add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
     add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
     train.add_common_options(parser)
@@ -289,45 +290,52 @@ def parse_options(argv=None):
 
 
 def load_teacher(options):
-    """(network, the options of its training) of --teacher; (None, {}) where there is none."""
+    """(--teacher, the options of its training); (None, {}) if there is none."""
     if not options.teacher:
         return None, {}
-    teacher, content = load_network(options.teacher)
-    return teacher, content.get("options", {})  # the authors' teachers have none
+    teacher, about = load_network(options.teacher)
+    return teacher, about.options
 
 
 def complete_options(options, teacher=None, trained=None):
-    """Fill in what the command line leaves open: as the teacher, else by the data set's recipe.
+    """Fill in what the command line leaves open: from the teacher, or else from the recipe.
 
-    trained: the options of the teacher's training, where they are known. Raises UserError where
-    options do not go together.
+    trained: the options of the teacher's training, if they are known. Raises UserError if options
+    contradict each other.
     """
     trained = trained or {}
-    dataset = options.dataset or trained.get("dataset")
-    if dataset is None and teacher is not None:
+    name = options.dataset or trained.get("dataset")
+    if name is None and teacher is not None:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
-    options.dataset, options.root = settle_dataset(dataset or "synthetic", options.root)
+    options.dataset, options.root = settle_dataset(name or "synthetic", options.root)
     if options.dataset not in RECIPES and has_images_directly(options.dataset):
         say(f"{options.dataset} has images directly in it: it is taken without labels")
         options.unlabelled = True
 
-    recipe = RECIPES.get(options.dataset, RECIPES["folder"])
-    recipe = recipe | {"unlabelled": False, "validation": False, "classes": []}
-    from_teacher = {}
+    train.fill_in(options, options_of_teacher(options, teacher, trained))
+    train.fill_in(options, RECIPES.get(options.dataset, RECIPES["folder"]))
+    train.fill_in(options, {"unlabelled": False, "validation": False, "classes": []})
+    options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
+    check_options(options, teacher, trained)
+
+
+def options_of_teacher(options, teacher, trained):
+    """The options that a student takes from its teacher."""
+    taken = {}
     if teacher is not None:
         same_arch = options.arch in (None, teacher.arch)
-        from_teacher["arch"] = teacher.arch
-        # The same backbone is whitened if the teacher is; another one, to as many dimensions.
-        from_teacher["dim"] = teacher.whitening if same_arch else teacher.dim
-        from_teacher["teacher_size"] = teacher.size or recipe["teacher_size"]
+        # The same backbone has a whitening layer if the teacher has one; another needs it to fit.
+        dim = teacher.whitening if same_arch else teacher.dim
+        taken |= {"arch": teacher.arch, "dim": dim, "teacher_size": teacher.size}
     elif options.unlabelled:
-        from_teacher["dim"] = 0  # an ImageNet network as it comes will be the teacher
+        taken["dim"] = 0  # as the plain ImageNet network that will be the teacher
     if options.dataset == trained.get("dataset"):
-        for name in ("root", "unlabelled", "validation", "classes"):
-            from_teacher[name] = trained[name]
-    train.fill_in(options, recipe | from_teacher)
-    options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
+        taken |= {name: trained[name] for name in ("root", "unlabelled", "validation", "classes")}
+    return taken
 
+
+def check_options(options, teacher, trained):
+    """Raise UserError if options contradict each other or the teacher's training."""
     if options.unlabelled and options.dataset in RECIPES:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
@@ -341,12 +349,11 @@ def complete_options(options, teacher=None, trained=None):
 
 
 def imagenet_teacher(options):
-    """An ImageNet network as it comes, unwhitened, as the teacher of images without labels."""
+    """A plain ImageNet network, without whitening, as the teacher of images without labels."""
     if options.dim:
-        raise UserError("--dim needs a --teacher: an ImageNet network itself is unwhitened")
+        raise UserError("--dim needs a --teacher: a plain ImageNet network has no whitening layer")
     weights = "imagenet" if options.weights == "teacher" else options.weights
-    options = argparse.Namespace(**vars(options) | {"weights": weights})
-    return train.new_network(options, "gem", options.teacher_size).eval()
+    return train.new_network(options, "gem", options.teacher_size, weights).eval()
 
 
 def main():

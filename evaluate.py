@@ -1,12 +1,12 @@
-"""Evaluation (Sec. 4): exact retrieval metrics, accuracy against the cost of a query, and search.
+"""Evaluate (Sec. 4): exact retrieval metrics, accuracy against the cost of a query, and search.
 
-    python evaluate.py --teacher T.pt --student S.pt --json table.json --figure queries.png
-    python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
-    python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
-
-All in plain torch, on the device of the embeddings, exact, some queries at a time. Near the end
-stands what this, train.py and distill.py need as programs: processes, devices, progress, errors.
+python evaluate.py --teacher T.pt --student S.pt --json table.json --figure queries.png
+python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
+python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
 """
+
+# In this order: metrics and nearest neighbours, in plain torch; embedding; the table; index and
+# search; pictures; and what all three programs share: processes, devices, progress and errors.
 
 import argparse
 import json
@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -63,28 +64,28 @@ def retrieval_metrics(
 ):
     """Search (N, D) for each of (Q, D) by dot product: {metric: mean over queries, in [0, 1]}.
 
-    same_images   query i and row i of the database are one image, which is no answer to itself;
-                  False: two sets
-    chunk         scores counted at a time; memory holds twice as many
+    same_images   True: query i and row i of the database are the same image, which is left out of
+                  its own results; False: two sets
+    chunk         how many scores are computed at a time; memory holds twice as many
 
-    The n images of the query's label are correct. The correct image j = 0, 1, ..., n - 1, from the
-    best one on, has rank r where r images come before it; at equal scores wrong ones come first. A
-    query without a correct image is left out of the means; its image stays in the database.
+    The n images with the query's label are correct. Sorted by score, correct image j = 0, ...,
+    n - 1 has rank r if r images come before it; at equal scores wrong ones come first. A query
+    without a correct image does not count; its image stays in the database.
 
       R@k          1 if a correct image has rank < k
       P@k          share of correct images among the first min(k, 1 + rank of the last correct one),
                    as in the authors' code
-      mAP          mean of (j/r + (j+1)/(r+1)) / 2 over correct images, where j/r is 1 if r = 0: by
-                   trapezoids, as in the authors' code and for the Oxford buildings
+      mAP          mean over correct images of (j/r + (j+1)/(r+1)) / 2, where j/r is 1 if r = 0: the
+                   trapezoidal rule, as in the authors' code and for the Oxford buildings
       mAP@k        the same, summed over ranks < k, divided by min(n, k)
       R-Precision  share of correct images among the first n (Musgrave et al., 2020)
-      MAP@R        (j+1)/(r+1), summed over ranks < n, divided by n (the same)
+      MAP@R        (j+1)/(r+1), summed over ranks < n, divided by n (likewise)
 
-    >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])  # 0 and 1 find each other behind 2
+    >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])  # 0 and 1 find each other second
     >>> retrieval_metrics(x, x, [7, 7, -1], [7, 7, -1], ks=(2,))
     {'mAP': 0.25, 'R-Precision': 0.0, 'MAP@R': 0.0, 'R@2': 1.0, 'P@2': 0.5, 'mAP@2': 0.25}
 
-    Raises ValueError where embeddings are not finite, or no query has a correct image.
+    Raises ValueError if an embedding is not finite, or no query has a correct image.
     """
     check_embeddings(queries, database)
     if queries.dtype != torch.float64:
@@ -96,8 +97,8 @@ def retrieval_metrics(
         raise ValueError(f"every k of {ks} must be positive")
     if same_images and not torch.equal(query_labels, database_labels):
         raise ValueError(
-            "same_images: query i and row i of the database are one image and need the same label; "
-            "same_images=False compares two sets"
+            "same_images: query i and row i of the database are the same image and need the same "
+            "label; for two sets give same_images=False"
         )
     sums, count = {}, 0
     batches = ranks_of_correct_images(
@@ -132,17 +133,18 @@ def retrieval_metrics(
 def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
     """Yield, for q queries at a time, the ranks (q, m) of their n correct images, and n, (q,).
 
-    Without equal scores they are, of one query,
+    Where no two scores are equal, the ranks of one query are
 
         order = scores.argsort(descending=True)  # (N,)
         ranks = (database_labels[order] == label).nonzero()
 
-    but nothing long is sorted here. A rank is the number of wrong images that score at least as
-    much, plus that of correct images that score more. The latter is known once the few correct
-    scores are sorted; the former are counted, one pass over the scores for each correct image.
+    But N scores take long to sort. The rank of a correct image is the number of wrong images that
+    score at least as high, plus the number of correct ones that score higher. The first number is
+    counted, in one pass over the scores per correct image; the second is known as soon as the few
+    correct scores are sorted.
 
-    Ranks ascend; after the first n of a row comes padding. Queries without a correct image are left
-    out, the others come in the order of n, so that there is little padding.
+    Ranks ascend, and after the first n of a row comes padding. Queries without a correct image are
+    left out. The others are sorted by n, so that there is little padding.
     """
     by_label = database_labels.argsort()  # rows of the database, class after class
     sorted_labels = database_labels[by_label]
@@ -154,35 +156,35 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     if not len(by_count):
         return
     columns = database.T.contiguous()  # (D, N)
-    # Scores, and where they are at least as high, as 0.0 or 1.0, which a CPU adds up faster than
-    # booleans. All chunks use the same memory: to ask for it anew takes as long as to count.
+    # The scores, and a 1.0 where one is at least as high (a CPU sums floats faster than booleans).
+    # All chunks use the same memory, because allocating it anew takes as long as counting.
     at_once = min(len(by_count), max(1, chunk // len(database)))
     buffers = database.new_empty(2, at_once, len(database))
     for some in by_count.split(at_once):  # q queries
-        # 1. All scores; the query's own image is no answer.
+        # 1. All scores. The query's own image is no result.
         scores, at_least = buffers[:, : len(some)]  # (q, N) each
         torch.mm(queries[some].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
             scores.scatter_(1, some[:, None], -torch.inf)
-        # 2. Those of correct images, sorted: n of them, then the query's own and the padding.
+        # 2. The scores of correct images, sorted: n of them, then the query's own and padding.
         rows, padding = rows_of_classes(by_label, first[some], class_size[some])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
         correct = correct.sort(descending=True).values[:, : int(n[some].max())]
-        # 3. Only wrong images are left: count those that score at least as much.
+        # 3. Without them only wrong images are left: count those that score at least as high.
         scores.scatter_(1, rows, -torch.inf)
         wrong = []
         for score in correct.T:  # (q,)
             torch.ge(scores, score[:, None], out=at_least)
             wrong.append(at_least.sum(1))
-        better = torch.arange(len(wrong), device=n.device)  # correct images before j: j of them
+        better = torch.arange(len(wrong), device=n.device)  # j correct images come before j
         yield torch.stack(wrong, 1).long() + better, n[some]
 
 
 def rows_of_classes(by_label, first, size):
-    """Database rows of the classes of q queries, and which of them are padding: (q, m) twice.
+    """The database rows of q queries' classes, and which of them are padding: (q, m) each.
 
-    by_label: rows of the database, class after class; a query's class are `size` (q,) of them, from
-    the `first` (q,) on. m is the largest size; in smaller classes the last row is repeated.
+    by_label: the rows of the database, class after class; those of a query's class start at `first`
+    (q,) and are `size` (q,) many. m is the largest size; smaller classes repeat their last row.
     """
     j = torch.arange(int(size.max()), device=size.device)
     last = size[:, None] - 1
@@ -193,9 +195,9 @@ def rows_of_classes(by_label, first, size):
 def knn(queries, database, k, same_images=False, chunk=2**25):
     """The k nearest of (N, D) to each of (Q, D) by dot product: scores and rows (Q, k), best first.
 
-    same_images: query i is row i of the database, which is no answer to itself. By default, unlike
-    in `retrieval_metrics`, they are two sets. Fewer than k come where there are no more. Raises
-    ValueError for embeddings that are not finite or do not fit.
+    same_images: query i and row i of the database are the same image, which is left out of its own
+    results. By default, unlike in `retrieval_metrics`, they are two sets. A database with fewer
+    than k images gives fewer. Raises ValueError if an embedding is not finite or shapes differ.
     """
     check_embeddings(queries, database)
     if k < 1:
@@ -213,7 +215,7 @@ def knn(queries, database, k, same_images=False, chunk=2**25):
 
 
 def check_embeddings(queries, database):
-    """Raise ValueError where two sets of embeddings cannot be compared."""
+    """Raise ValueError if two sets of embeddings cannot be compared."""
     for name, x in (("queries", queries), ("database", database)):
         if x.ndim != 2 or x.shape[1] != queries.shape[-1] or not x.numel():
             raise ValueError(f"{name}: (N, {queries.shape[-1]}) is needed, not {tuple(x.shape)}")
@@ -240,10 +242,10 @@ def as_labels(labels, embeddings):
 
 @torch.no_grad()
 def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision="float32"):
-    """Embeddings (N, D), float32, on the CPU, of a data set's evaluation crops of `size` px.
+    """Embed a data set's evaluation crops of `size` px: (N, D), float32, on the CPU.
 
-    net goes to the device, in eval mode. Processes share the images. Raises UserError for an image
-    that cannot be read.
+    Moves net to the device, in eval mode. Processes share the work. Raises UserError if an image
+    cannot be read.
     """
     device = find_device(device)
     net = net.to(device).eval()
@@ -265,7 +267,7 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
 
 
 def query_cost(net, size, device, precision):
-    """GFLOPs (a multiply-add is two) and milliseconds, the median of 30, of embedding one query."""
+    """GFLOPs (a multiply-add is two) and milliseconds (median of 30) of embedding one query."""
     image = torch.zeros(1, 3, size, size, device=device)
 
     @torch.no_grad()
@@ -279,6 +281,15 @@ def query_cost(net, size, device, precision):
     return counter.get_total_flops() / 1e9, 1e3 * seconds
 
 
+class Search(NamedTuple):
+    """A row of the table: whose queries, at which size in px, search whose database."""
+
+    name: str
+    net: torch.nn.Module  # embeds the queries
+    size: int
+    database_net: torch.nn.Module  # embeds the database, at its own size
+
+
 def compare(
     teacher,
     students,
@@ -290,31 +301,31 @@ def compare(
     workers=0,
     precision="float32",
 ):
-    """Print the table of accuracy (%) against the cost of a query; return its rows, dicts.
+    """Print the table of accuracy (%) against the cost of a query. Returns its rows, as dicts.
 
-    Each image of the data set is once the query and searches all others: query and database are the
-    same images, embedded by two networks or at two sizes, without the query's own, as in the paper.
-    A student's queries search the teacher's embeddings (asymmetric) and its own (symmetric); "no
-    distillation" are the teacher's own embeddings of small queries. Networks know their `size`.
+    As in the paper, each image of the data set in turn is the query and searches all the others,
+    but not itself: queries and database are the same images, embedded by two networks or at two
+    sizes. A student's queries search the teacher's database (asymmetric) and its own (symmetric).
+    "No distillation" means small queries embedded by the teacher itself. Networks know their
+    `size`.
 
     supervised   networks trained with labels at the small size
     figure       file for a picture of what the first student finds
-    device, workers, precision   as of `extract`
+    device, workers, precision   as for `extract`
 
-    Where there are several networks of a kind their rows are numbered.
+    Several networks of one kind are numbered.
     """
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
-    # A search: its name, the queries' network and size in px, and the database's network.
     name = "teacher, symmetric" if students or supervised else "symmetric"
-    searches = [(name, teacher, teacher.size, teacher)]
+    searches = [Search(name, teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
-        searches.append(("no distillation", teacher, size, teacher))
+        searches.append(Search("no distillation", teacher, size, teacher))
     for which, net in numbered(supervised):
-        searches.append((f"labels{which}, symmetric", net, net.size, net))
+        searches.append(Search(f"labels{which}, symmetric", net, net.size, net))
     for which, net in numbered(students):
-        searches.append((f"student{which}, asymmetric", net, net.size, teacher))
-        searches.append((f"student{which}, symmetric", net, net.size, net))
+        searches.append(Search(f"student{which}, asymmetric", net, net.size, teacher))
+        searches.append(Search(f"student{which}, symmetric", net, net.size, net))
     for _, net, size, _ in searches:
         if (net, size) not in embedded:
             vectors = extract(net, dataset, size, device, workers=workers, precision=precision)
@@ -347,7 +358,7 @@ def compare(
 
 
 def numbered(networks):
-    """(" 1", " 2", ... as on the command line, network) of each; ("", network) of a single one."""
+    """(" 1", network), (" 2", network), ... as on the command line; ("", network) if only one."""
     return [(f" {i}" * (len(networks) > 1), net) for i, net in enumerate(networks, start=1)]
 
 
@@ -361,10 +372,10 @@ def compare_unlabelled(
     workers=0,
     precision="float32",
 ):
-    """What can be measured without labels, as a table; return its rows.
+    """Print what can be measured without labels as a table. Returns its rows, as dicts.
 
-    dataset: the held-back images, the queries. photographs: all others, with which they are the
-    database. Agreement with the teacher's large queries: see `agreement`.
+    dataset: the held-back images, which are the queries. photographs: all others; the database is
+    both. What is measured is the agreement with the teacher's large queries: see `agreement`.
     """
     device = find_device(device)
     how = {"device": device, "workers": workers, "precision": precision}
@@ -392,10 +403,10 @@ def compare_unlabelled(
 
 
 def agreement(queries, database, k=10):
-    """How far queries (Q, D) find what the database's network finds by its own, (N, D), in percent.
+    """Whether queries (Q, D) find in a database (N, D) what its own images find there, in percent.
 
-    Rows 0 to Q - 1 of the database are the same images as the queries, embedded large; they are the
-    queries that are agreed with, and no answers to themselves.
+    Rows 0 to Q - 1 of the database are the same images as the queries, embedded large. Nothing
+    finds itself.
     """
     own = database[: len(queries)]
     _, theirs = knn(own, database, k, same_images=True)  # (Q, k)
@@ -414,8 +425,8 @@ def agreement(queries, database, k=10):
 def build_index(teacher, folder, path, device=None, workers=0, precision="float32"):
     """Embed all images below a folder and write the index, a dict of plain values and tensors.
 
-    embeddings (N, D), paths (N) relative to the folder, folder, and network, the fingerprint of the
-    teacher. Images that cannot be read are left out, named and counted.
+    It has embeddings (N, D), N paths relative to the folder, the folder, and the teacher's
+    fingerprint, network. Images that cannot be read are named, counted and left out.
     """
     found = ImageDataset(list_images(folder))
     if not len(found):
@@ -439,7 +450,7 @@ def build_index(teacher, folder, path, device=None, workers=0, precision="float3
 def search(student, about, index_path, query_paths, top=5, figure=None, device=None):
     """Print the `top` nearest images of an index to each query image (paths), and draw them.
 
-    about: the other entries of the student's checkpoint, which name its teacher.
+    about: what the student's checkpoint says of its teacher, see `load_network`.
     """
     content = read_checkpoint(index_path)
     entries = {"embeddings", "paths", "folder", "network"}
@@ -480,22 +491,19 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
 
 
 def taught_by(network, student, about):
-    """Whether a network (its fingerprint) is the one that taught a student, or the student itself.
-
-    about: see `search`.
-    """
-    if "options" not in about:  # a checkpoint of the authors, which does not say
+    """Whether a network, by its fingerprint, is the student's teacher or the student itself."""
+    if not about.options:  # a checkpoint of the authors, which does not say
         return True
-    return network in (about.get("teacher"), fingerprint(student))
+    return network in (about.teacher, fingerprint(student))
 
 
 # ---------------------------------------------------------------------------- tables and pictures
 
 
 def print_table(rows):
-    """Print dicts with the same keys, in process 0."""
-    digits = {"GFLOPs/query": 3, "cosine": 3}  # others have one
-    lines = [["", *list(rows[0])[1:]]]  # the names of the searches have no heading
+    """Print dicts with the same keys as a table, in process 0."""
+    digits = {"GFLOPs/query": 3, "cosine": 3}  # after the point; all others have one
+    lines = [["", *list(rows[0])[1:]]]  # the first column has no heading
     for row in rows:
         cells = []
         for name, x in row.items():
@@ -508,11 +516,11 @@ def print_table(rows):
 
 
 def draw_queries(path, dataset, embeddings, database, query_size, database_size, count=6):
-    """A picture of some queries and what each of several embeddings of them finds in the database.
+    """Draw some queries and what they find in a database (N, D), for several embeddings of them.
 
-    embeddings: {caption: (Q, D)} of images 0 to Q - 1 of the data set, which are no answers to
-    themselves. A frame is green where the class is right or, without labels, where the answer is
-    one of the first row's.
+    embeddings: {caption: (Q, D)} of images 0 to Q - 1 of the data set, which do not find
+    themselves. A frame is green if the class is right or, without labels, if the first of the
+    embeddings finds the same image.
     """
     labels = dataset.labels
     total = len(next(iter(embeddings.values())))
@@ -562,12 +570,12 @@ def draw_answers(path, title, rows, cell=120):
 
 # ----------------------------------------- running a program: the same for evaluate, train, distill
 #
-# Several processes (torchrun --nproc-per-node N): each takes its own share of an epoch's images.
-# The losses are sums over images, so gradients are added up over processes, not averaged.
+# Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
+# are sums over images, so gradients are summed over processes, not averaged.
 
 
 def start_processes():
-    """Join the other processes of a program that torchrun started; alone there is nothing to do."""
+    """Join the other processes if torchrun started this one."""
     if distributed.is_torchelastic_launched() and not distributed.is_initialized():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -577,7 +585,7 @@ def start_processes():
 
 
 def add_over_processes(tensors):
-    """Add tensors of one kind up over all processes, in place and in one message."""
+    """Sum tensors of one dtype over all processes, in place and in one message."""
     if process_count() > 1:
         message = torch.cat([tensor.flatten() for tensor in tensors])
         distributed.all_reduce(message)
@@ -594,7 +602,7 @@ def broadcast(tensor):
 
 
 def find_device(name=None):
-    """The device of a name, "cuda", "cuda:1" or "cpu"; by default this process's card, if any."""
+    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name, cards = str(name or "cpu"), torch.cuda.device_count()
@@ -604,11 +612,11 @@ def find_device(name=None):
     return torch.device(name)
 
 
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 where a GPU has it, else float32
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
 
 
 def autocast(device, precision):
-    """The context of a forward pass in one of these precisions."""
+    """The context manager of a forward pass in one of these precisions."""
     use = precision == "bfloat16"
     if precision == "auto":
         use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
@@ -616,7 +624,7 @@ def autocast(device, precision):
 
 
 def default_workers():
-    """Worker processes that decode images: one for each core, shared out over the processes."""
+    """The number of workers that decode images: one per core, divided among the processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -625,7 +633,7 @@ HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_
 
 
 def number(kind, low, high=math.inf):
-    """An argument type: an int or a float from low to high."""
+    """A type for argparse: an int or a float from low to high."""
 
     def parse(text):
         value = kind(text)
@@ -638,32 +646,32 @@ def number(kind, low, high=math.inf):
 
 
 class Progress:
-    """One line on the terminal: what is going on, how much of it is done, and the time left."""
+    """A line on the terminal: what is running, how much of it is done, and the time left."""
 
     def __init__(self, title, announce=False):
         self.title, self.announce = title, announce
-        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # shares of the whole
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
         self.began = self.shown = time.time()
 
     def stage(self, title, share):
-        """What follows is a share of the whole."""
+        """Begin a stage that is a share of the whole."""
         self.title, self.share = title, share
 
     def skip(self, part):
-        """A part of the stage was done before: it says nothing of the pace."""
+        """A part of the stage was done earlier and says nothing about the speed."""
         self.skipped += self.share * part
         self.done += self.share * part
 
     def advance(self, part, note=None):
-        """A part of the stage is done. Where there is no terminal, a line every half minute.
+        """A part of the stage is done. Without a terminal, print a line every half minute.
 
-        note: a function that says more, called when the line is shown.
+        note: a function whose text is added, called only when the line is shown
         """
         self.done += self.share * part
         if process_rank() > 0:
             return
         terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
-        elapsed = now - self.began  # for what was done since, and not skipped
+        elapsed = now - self.began
         left = elapsed / (self.done - self.skipped) * (1 - self.done)
         if self.announce and self.done > 0.03:
             say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
@@ -674,7 +682,7 @@ class Progress:
         more = note() if note else ""
         whole = " of all" if self.share < 1 else ""
         line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
-        if last:  # what was short is not worth a line
+        if last:  # what took no time needs no line
             title = "all" if self.share < 1 else self.title
             line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
         if terminal:
@@ -697,9 +705,9 @@ def end(code, sentence):
 def run_program(main):
     """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
 
-    Everything else shows its traceback.
+    Any other exception shows its traceback.
     """
-    torch.backends.cudnn.allow_tf32 = False  # float32 means it
+    torch.backends.cudnn.allow_tf32 = False  # where float32 is asked for, float32 is used
     sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
@@ -710,7 +718,7 @@ def run_program(main):
     except (UserError, NetworkError, OSError) as error:
         end(2, f"error: {error}")
     except KeyboardInterrupt:
-        end(130, "\nstopped; the same command lets a training go on after its last whole epoch")
+        end(130, "\nstopped; a training continues after its last whole epoch by the same command")
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -719,22 +727,30 @@ def run_program(main):
 # --------------------------------------------------------------------------- options, the program
 
 
+class About(NamedTuple):
+    """What a checkpoint says about the training of its network."""
+
+    options: dict  # {} for the authors' checkpoints, which have none
+    teacher: str | None  # the fingerprint of a student's teacher
+
+
 def load_network(path):
-    """(network, the rest of its checkpoint): a file, or a released name."""
+    """(network, About) of a checkpoint, a file or a released name."""
     content = read_checkpoint(path)
     net = make_network(content, path)
     if not net.size:
         raise UserError(f"{path} does not say at which size in px the network was trained")
-    epochs, planned = content.get("training", {}).get("epochs"), content.get("options", {})
-    if epochs and epochs < planned["epochs"]:
-        say(f"note: {path} is unfinished, {epochs} of {planned['epochs']} epochs")
-    return net, {name: value for name, value in content.items() if name != "state_dict"}
+    about = About(content.get("options", {}), content.get("teacher"))
+    epochs, planned = content.get("training", {}).get("epochs"), about.options.get("epochs")
+    if epochs and epochs < planned:
+        say(f"note: {path} is unfinished, {epochs} of {planned} epochs")
+    return net, about
 
 
 def parse_options(argv=None):
-    """The options, as they are on the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\nAll in")[0],
+        description=__doc__,
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
@@ -742,40 +758,40 @@ def parse_options(argv=None):
     add("--teacher", help="checkpoint or released name of the database's network")
     add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
     add("--size", type=number(int, 1), help="px of the database's images (default: the teacher's)")
-    add("--figure", metavar="FILE.png", help="draw what the (first) student finds")
+    add("--figure", metavar="FILE.png", help="draw what the first student finds")
     add(
         "--workers",
         type=number(int, 0),
         default=default_workers(),
-        help="processes that decode images (default: one for each core)",
+        help="processes that decode images (default: one per core)",
     )
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the backbone; auto: bfloat16 where a GPU has it (default: float32)",
+        help="of the backbone; auto: bfloat16 on GPUs that have it (default: float32)",
     )
     add = parser.add_argument_group("the table of a teacher and its students").add_argument
     add("--supervised", nargs="+", default=[], help="checkpoints of networks trained with labels")
     add("--dataset", help="cub, cars, sop, synthetic or a folder (default: the teacher's)")
-    add("--root", help="where the data set is (default: where the teacher found it)")
-    add("--unlabelled", action="store_true", help="a folder in any arrangement, without labels")
+    add("--root", help="folder that holds the data set (default: the teacher's)")
+    add("--unlabelled", action="store_true", help="the data set is any folder, without labels")
     add("--validation", action="store_true", help="test on the second half of the training classes")
     add("--ks", type=number(int, 1), nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
-    add("--json", metavar="FILE", help="write the table, for machines")
+    add("--json", metavar="FILE", help="also write the table as JSON")
     add = parser.add_argument_group("an index, with --teacher").add_argument
     add("--database", metavar="FOLDER", help="embed the images below this folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: the file to search")
     add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=number(int, 1), default=5, help="answers to a query (default: %(default)s)")
+    add("--top", type=number(int, 1), default=5, help="results per query (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def main():
     options = parse_options()
-    find_device(options.device)  # or its mistake, before anything else is read
+    find_device(options.device)  # an impossible --device ends the program before it reads files
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
     if options.query:
@@ -799,7 +815,7 @@ TABLE |= {"ks", "json", "figure", "workers", "device", "precision"}
 
 
 def refuse_unread(options, command, read):
-    """Raise UserError where an option is given that this command does not read."""
+    """Raise UserError if an option is given that this command does not read."""
     for name, default in vars(parse_options([])).items():
         if name not in read and getattr(options, name) != default:
             raise UserError(f"--{name} has no meaning {command}")
@@ -838,14 +854,14 @@ def command_index(options):
 
 
 def command_table(options):
-    """Else: the table of a teacher and its students."""
+    """Neither: the table of a teacher and its students."""
     teacher, about = load_network(options.teacher)
     teacher.size = options.size or teacher.size
     students = [load_student(path, teacher) for path in options.student]
     supervised = [load_network(path)[0] for path in options.supervised]
     if options.figure and not students:
         raise UserError("--figure shows what a --student finds: which one?")
-    test, others = load_test_images(options, about.get("options", {}))
+    test, others = load_test_images(options, about.options)
     how = {
         "figure": options.figure,
         "device": options.device,
@@ -863,29 +879,28 @@ def command_table(options):
 
 
 def load_student(path, teacher):
-    """The student of a checkpoint. Raises UserError where it is not of this teacher."""
+    """The student of a checkpoint. Raises UserError if this is not its teacher."""
     student, about = load_network(path)
     if not taught_by(fingerprint(teacher), student, about):
         raise UserError(f"{path} was not taught by this --teacher")
     if student.dim != teacher.dim:
         raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
-    taught_at = about.get("options", {}).get("teacher_size", teacher.size)
+    taught_at = about.options.get("teacher_size", teacher.size)
     if taught_at != teacher.size:
         raise UserError(f"{path} was taught by images of {taught_at} px: give --size {taught_at}")
     return student
 
 
 def load_test_images(options, saved):
-    """(test images, None), or of images without labels (those held back, all others).
+    """(test images, None), or without labels (those held back, all others).
 
-    By default of the teacher's data set; saved: the teacher's options. Unreadable images are left
-    out.
+    By default they are of the teacher's data set; saved: the options of its training.
     """
     name = options.dataset or saved.get("dataset")
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
-    trained = saved if name == saved.get("dataset") else {}  # how, on these very images
+    trained = saved if name == saved.get("dataset") else {}  # {} if on other images
     if options.validation and trained and not trained["validation"]:
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"

@@ -302,7 +302,7 @@ def test_metrics_and_knn_refuse(sentence, change):
         ("positive", {"ks": (1, 0)}),
         ("same label", {"query_labels": [2, 1, 2]}),
         (
-            "same_images=False compares two sets",
+            "for two sets give same_images=False",
             dict(query_labels=[1, 1, 1], database=torch.ones(4, 4), database_labels=[1, 1, 1, 1]),
         ),
         ("no query has", {"query_labels": [1, 2, 3], "database_labels": [1, 2, 3]}),
@@ -454,7 +454,7 @@ def test_networks_that_are_refused():
         ("googlenet", "normalises"),
         ("swin_t", "no feature map"),
         ("vit_b_16", "no convolutional feature map"),
-        ("resnet1O", "cannot be had"),
+        ("resnet1O", "is not available"),
         ("resnet10", "no ImageNet weights"),
     ):
         with pytest.raises(NetworkError, match=why):
@@ -580,7 +580,7 @@ def test_files_of_weights(prefix, tmp_path):
     net = small_net("resnet18", pretrained=tmp_path / "weights.pth")
     assert torch.equal(net.backbone[0].weight, model.conv1.weight)
     assert torch.equal(net.backbone[7][1].bn2.running_var, model.layer4[1].bn2.running_var)
-    with pytest.raises(NetworkError, match="holds no weights of this network"):
+    with pytest.raises(NetworkError, match="does not hold the weights of this network"):
         small_net("resnet34", pretrained=tmp_path / "weights.pth")
 
 
@@ -1759,7 +1759,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("train.py --arch squeezenet1_1 --size 8", "8 px is too small"),
         ("train.py --arch squeezenet1_1 --weights imagenet", "--weights FILE"),
         ("train.py --weights nowhere.pt", "nowhere.pt is not a readable checkpoint"),
-        ("train.py --weights OTHER", "OTHER holds no weights of this network"),
+        ("train.py --weights OTHER", "OTHER does not hold the weights of this network"),
         ("train.py --dataset /nowhere", "a sub-folder of images for each"),
         ("train.py --dataset EMPTY", "a sub-folder of images for each"),
         ("train.py --dataset cub", "images.txt"),

@@ -1,11 +1,11 @@
-"""The teacher (Sec. 3.2): metric learning with labels at one resolution, the large one.
+"""Train a teacher (Sec. 3.2): metric learning with labels, at the large resolution.
 
-    python train.py --dataset cub --root data --size 448      # ResNet50, 512-D, 200 epochs, one GPU
-    python train.py --dataset cub --root data --size 224      # the small baseline with labels
-
-Here is also what train.py and distill.py share: options, optimizer, schedule, checkpoints and log.
-What evaluate.py needs, too, as a program stands there: processes, devices, progress and errors.
+python train.py --dataset cub --root data --size 448      # ResNet50, 512-D, 200 epochs, one GPU
+python train.py --dataset cub --root data --size 224      # the small baseline with labels
 """
+
+# This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
+# and the log. What evaluate.py needs as well is there: processes, devices, progress and errors.
 
 import argparse
 import json
@@ -49,16 +49,16 @@ from evaluate import (
 )
 
 # All of these are as in the authors' code.
-GROUP = 4  # anchors of one class that stay together: three are the positives of the fourth
-NEGATIVES = 4  # of an anchor
+GROUP = 4  # anchors of one class that stay together: for each, the other three are its positives
+NEGATIVES = 4  # per anchor
 POOL = 20_000  # images from which an epoch's negatives are drawn
 MARGIN = 0.7  # of the triplet loss
 WEIGHT_DECAY = 1e-6  # of AdamW; none for GeM's p
-DIV_FACTOR = 10  # of the one-cycle schedule: from lr / 10 up to lr, then down to nothing
+DIV_FACTOR = 10  # of the one-cycle schedule: the learning rate starts at lr / 10
 
-# What differs by data set; "folder" is any other. Of photographs the size, network and epochs are
-# the paper's; the learning rate and the batch size of its teachers are not published: ours are
-# untested choices.
+# The defaults that depend on the data set; "folder" is any other one. For photographs the image
+# size, the network and the number of epochs are the paper's. The learning rate and batch size of
+# its teachers were not published: ours are untested.
 PHOTOGRAPHS = dict(
     size=448,
     arch="resnet50",
@@ -91,11 +91,11 @@ RECIPES |= {"folder": FOLDER, "synthetic": EGGS}
 
 
 def train(dataset, options, net=None, progress=None):
-    """Train a network with labels, or resume its run. Returns it, in eval mode.
+    """Train a network with labels, or resume its run. Returns the network, in eval mode.
 
-    dataset   an ImageDataset with labels; classes of fewer than 4 images take no part
-    options   as from `parse_options`
-    net       by default the one that the options describe
+    dataset   an ImageDataset with labels; classes of fewer than 4 images are not used
+    options   see `parse_options`
+    net       an EmbeddingNet; by default the one that the options describe
     """
     if dataset.labels is None:
         raise UserError(
@@ -108,7 +108,9 @@ def train(dataset, options, net=None, progress=None):
     _, groups = count_groups(classes, options.epoch_size)
     anchors_per_epoch = GROUP * (groups // process_count())  # in this process
     run = Run(net, options, anchors_per_epoch, group=GROUP, progress=progress)
+    run.resume()
     for epoch in range(run.first_epoch, options.epochs):
+        run.begin_epoch()
         rows = mine(net, dataset, classes, epoch, options)
         train_one_epoch(net, dataset, rows, epoch, run, options)
         run.end_epoch()
@@ -116,8 +118,8 @@ def train(dataset, options, net=None, progress=None):
 
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
-    """An epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    # 1 + rank, since (seed, epoch, 0) is the stream of (seed, epoch), which `mine` has.
+    """One epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
+    # Not plain rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), which `mine` uses.
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
@@ -133,19 +135,19 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         loss.backward()
         run.loss += loss.detach()
         if i % run.accumulate == 0 or i == len(batches):
-            run.step()  # of AdamW and the schedule; gradients are 0 again
+            run.step()  # AdamW and its schedule; gradients are zeroed
 
 
 def others_of_group(anchors):
-    """The positives of anchors in groups of 4 of a class: (b, D) -> (b, 3, D)."""
+    """The positives of each anchor, the other three of its group of 4: (b, D) -> (b, 3, D)."""
     others = torch.tensor([[j for j in range(GROUP) if j != i] for i in range(GROUP)])
     return anchors.unflatten(0, (-1, GROUP))[:, others].flatten(0, 1)
 
 
 def usable_classes(labels):
-    """The images (indices) of each class that has a group of 4; others take no part (Sec. 3.2).
+    """For each class of at least 4 images, their indices; other classes are not used (Sec. 3.2).
 
-    Raises UserError where fewer than two have.
+    Raises UserError if there are fewer than two such classes.
     """
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -158,23 +160,23 @@ def usable_classes(labels):
 
 
 def count_groups(classes, epoch_size):
-    """How many groups a class has, as many as the smallest one can have, and how many an epoch."""
-    of_class = min(map(len, classes)) // GROUP
-    return of_class, max(1, min(of_class * len(classes), epoch_size // GROUP))
+    """(groups per class, groups per epoch): each class has as many as the smallest class allows."""
+    per_class = min(map(len, classes)) // GROUP
+    return per_class, max(1, min(per_class * len(classes), epoch_size // GROUP))
 
 
 def draw_groups(classes, epoch_size, rng):
-    """An epoch's anchors (G, 4): groups of a class, in random order. rng: numpy's Generator."""
-    of_class, of_epoch = count_groups(classes, epoch_size)
-    groups = [rng.permutation(images)[: of_class * GROUP] for images in classes]
+    """An epoch's anchors (G, 4), groups of one class in random order. rng: a numpy Generator."""
+    per_class, per_epoch = count_groups(classes, epoch_size)
+    groups = [rng.permutation(images)[: per_class * GROUP] for images in classes]
     groups = rng.permutation(np.concatenate(groups).reshape(-1, GROUP))
-    return groups[:of_epoch]
+    return groups[:per_epoch]
 
 
 def mine(net, dataset, classes, epoch, options):
-    """An epoch's rows (R, 1 + M), this process's share: anchors and their negatives (Sec. 3.2).
+    """This process's share of an epoch's rows (R, 1 + M): anchors and their negatives (Sec. 3.2).
 
-    Negatives come from a random pool of the images of `classes`, as the network embeds them now.
+    Negatives are drawn from a random pool of images, as the network embeds them at this point.
     """
     rng = np.random.default_rng((options.seed, epoch))
     groups = draw_groups(classes, options.epoch_size, rng)  # (G, 4)
@@ -201,9 +203,10 @@ def mine(net, dataset, classes, epoch, options):
         torch.Generator(embedded.device).manual_seed(options.seed + epoch),
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
-    rows = broadcast(torch.from_numpy(rows))  # (R, 1 + M): process 0's, for cards may differ
+    # (R, 1 + M): every process takes those of process 0, since GPUs may round differently.
+    rows = broadcast(torch.from_numpy(rows))
 
-    rows = rows.view(-1, GROUP, 1 + NEGATIVES)  # whole groups, as many for each process
+    rows = rows.view(-1, GROUP, 1 + NEGATIVES)  # whole groups, equally many for each process
     share = len(rows) // process_count()
     return rows[process_rank() :: process_count()][:share].flatten(0, 1)
 
@@ -212,18 +215,18 @@ def mine(net, dataset, classes, epoch, options):
 
 
 class Run:
-    """What stands around a training loop: optimizer and schedule, resume, log and checkpoint.
+    """What surrounds a training loop: optimizer and schedule, resuming, the log and checkpoints.
 
-    count      images (in train.py anchors) of an epoch in this process
-    group      how many of them stay together in a micro-batch
+    count      images (in train.py anchors) per epoch in this process
+    group      how many of them must stay together in a micro-batch
     teacher    fingerprint of the student's teacher
-    progress   shared with other runs
+    progress   a Progress that is shared with other runs
 
-    The loop adds each loss to `loss`, that of the epoch so far, calls `step()` after every
-    `accumulate` micro-batches of `micro_batch` images, and `end_epoch()` after an epoch, which
-    writes the checkpoint from which the same command goes on.
-    Loss and gradient are sums over images: with the same views and frozen batch-norm a step does
-    not depend on how it is divided.
+    The loop adds the loss of each micro-batch to `loss` and calls `step()` after `accumulate` of
+    them. `end_epoch()` writes the checkpoint from which `resume()` continues.
+
+    Losses are sums over images, and so are their gradients: with the same views and frozen batch
+    norm, a step does not depend on how it is divided into micro-batches.
     """
 
     def __init__(self, net, options, count, group=1, teacher=None, progress=None):
@@ -233,51 +236,45 @@ class Run:
         self.device = find_device(options.device)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.micro_batch, self.accumulate = divide_batch(options, group)
-        self.steps = math.ceil(count / (self.micro_batch * self.accumulate))  # of an epoch
-
-        # Weights and optimizer as in the checkpoint, if there is one; the schedule goes on there.
-        self.optimizer = make_optimizer(net, options.lr)
-        self.log = []  # an entry for each epoch that is done
-        self.path = Path(options.out, "model.pt")
-        if self.path.exists():
-            self.resume()
+        self.steps = math.ceil(count / (self.micro_batch * self.accumulate))  # per epoch
         for tensor in net.state_dict().values():  # all processes start with process 0's weights
             broadcast(tensor)
-        self.first_epoch = len(self.log)
-        # The schedule also moves AdamW's beta1, from 0.95 to 0.85 and back.
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            max_lr=options.lr,
-            total_steps=options.epochs * self.steps,
-            div_factor=DIV_FACTOR,
-            last_epoch=self.first_epoch * self.steps - 1,  # torch's name for the last step
-        )
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.says_epochs = progress is None  # runs that share a line of progress leave it at that
+        self.optimizer = make_optimizer(net, options.lr)
+        self.schedule = make_schedule(self.optimizer, options, self.steps)
+        self.first_epoch, self.log = 0, []  # of the log, one entry per finished epoch
+        self.says_epochs = progress is None  # runs that share a progress line print nothing else
         self.progress = progress or Progress(options.out)
-        self.progress.skip(self.first_epoch / options.epochs)
-        self.begin_epoch()
+        self.path = Path(options.out, "model.pt")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def resume(self):
-        """Go on after the last whole epoch of the run in this folder."""
+        """Continue after the last finished epoch, if the folder holds this run. Else do nothing.
+
+        Raises UserError if it holds another run.
+        """
+        if not self.path.exists():
+            return
         saved = read_checkpoint(self.path)
         refuse_other_run(saved, self.options, self.teacher)
         self.net.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["training"]["optimizer"])
         self.log = saved["training"]["log"]
+        self.first_epoch = len(self.log)
+        self.schedule = make_schedule(self.optimizer, self.options, self.steps, self.first_epoch)
+        self.progress.skip(self.first_epoch / self.options.epochs)
 
     def begin_epoch(self):
-        self.loss = torch.zeros((), device=self.device)  # summed over what this process has seen
-        torch.manual_seed(self.options.seed + len(self.log))  # of dropout, also after a resume
+        """Start the epoch's loss, clock and random numbers."""
+        self.loss = torch.zeros((), device=self.device)  # summed over this process's images
+        torch.manual_seed(self.options.seed + len(self.log))  # for dropout, also after a resume
         self.began = time.time()
 
     def autocast(self):
-        """The context of the forward passes."""
+        """The context manager of the forward passes."""
         return autocast(self.device, self.options.precision)
 
     def step(self):
-        """One step of optimizer and schedule, with the gradients of all processes added up."""
+        """One step of the optimizer and its schedule, with gradients summed over processes."""
         add_over_processes([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -286,8 +283,8 @@ class Run:
         self.progress.advance(1 / (self.steps * self.options.epochs), self.describe_epoch)
 
     def describe_epoch(self):
-        """For the line of progress: the epoch and its loss so far."""
-        steps = self.schedule.last_epoch - len(self.log) * self.steps  # done in this epoch
+        """The epoch and its loss so far, for the progress line."""
+        steps = self.schedule.last_epoch - len(self.log) * self.steps  # taken in this epoch
         seen = min(self.count, steps * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
         return f", {epoch}, loss {self.loss.item() / seen:.4g}"
@@ -310,10 +307,9 @@ class Run:
             self.save()
         if self.says_epochs:
             say(f"epoch {epoch + 1} of {self.options.epochs}: loss {loss:.4g}, {seconds:.0f} s")
-        self.begin_epoch()
 
     def save(self):
-        """options.json, log.jsonl and model.pt; after a kill in between the same command mends."""
+        """Write options.json, log.jsonl and model.pt, the last of which is what `resume` reads."""
         options = vars(self.options)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "numpy", "PIL")}
         about = {"command": sys.argv, "options": options, "versions": versions}
@@ -328,14 +324,28 @@ class Run:
 
 
 def make_optimizer(net, lr):
-    """AdamW, without weight decay for the pooling's p."""
+    """AdamW, without weight decay on GeM's p."""
     learned = [*net.backbone.parameters(), *net.whiten.parameters()]
     groups = [{"params": learned}, {"params": net.pool.parameters(), "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr, weight_decay=WEIGHT_DECAY)
 
 
+def make_schedule(optimizer, options, steps, epochs_done=0):
+    """One cycle over the whole run, of `steps` an epoch: the rate rises to lr and falls to 0.
+
+    AdamW's beta1 moves along, from 0.95 to 0.85 and back.
+    """
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=options.lr,
+        total_steps=options.epochs * steps,
+        div_factor=DIV_FACTOR,
+        last_epoch=epochs_done * steps - 1,  # torch's name for the last step taken
+    )
+
+
 def average_statistics(net):
-    """Batch-norm that trains has other statistics in each process: take their mean, in place."""
+    """Where batch norm trains, its statistics differ between processes: average them, in place."""
     if not net.frozen_batchnorm:
         for name, buffer in net.named_buffers():
             if name.endswith(("running_mean", "running_var")):
@@ -343,12 +353,12 @@ def average_statistics(net):
                 buffer /= process_count()
 
 
-# The teacher's path may change, its fingerprint may not.
+# Options that may differ when a run is resumed. The teacher's file may move, but is recognised.
 MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher"}
 
 
 def refuse_other_run(saved, options, teacher):
-    """Raise UserError where a checkpoint is of a run with other options or of another teacher."""
+    """Raise UserError if a checkpoint is of a run with other options or of another teacher."""
     changed = [
         f"--{name.replace('_', '-')} {value}, now {getattr(options, name)}"
         for name, value in saved.get("options", {}).items()
@@ -365,11 +375,11 @@ def refuse_other_run(saved, options, teacher):
 
 
 def divide_batch(options, group):
-    """(images of a micro-batch, micro-batches of a step) in each process; groups stay together.
+    """(images per micro-batch, micro-batches per step) in each process; groups stay together.
 
-    All processes have equal shares of a step, and all micro-batches one size. --micro-batch is an
-    upper bound: a size from half of it on that divides a share evenly is taken, the largest. Where
-    there is none, it stays and the step is the nearest number of images that can be divided so.
+    Every process takes an equal share of a step, in micro-batches of one size: the largest from
+    --micro-batch down to half of it that divides the share. If none does, --micro-batch it is, and
+    a step is the nearest number of images that it divides.
     """
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
@@ -385,10 +395,14 @@ def divide_batch(options, group):
     return micro_batch, count
 
 
-def new_network(options, pooling, size):
-    """The network that a run starts from, with its `size`."""
+def new_network(options, pooling, size, weights=None):
+    """The network that a run starts from. Raises UserError if images of `size` px are too small.
+
+    weights: initial weights, in the place of --weights
+    """
     torch.manual_seed(options.seed)
-    pretrained = {"imagenet": True, "random": False}.get(options.weights, options.weights)
+    weights = weights or options.weights
+    pretrained = {"imagenet": True, "random": False}.get(weights, weights)
     net = EmbeddingNet(options.arch, pooling, options.dim, pretrained)
     net.size = size
     try:
@@ -399,9 +413,9 @@ def new_network(options, pooling, size):
 
 
 def load_images(options):
-    """(images to train on, images to measure on), without those that cannot be read.
+    """(training images, test images), without those that cannot be read.
 
-    Fills in options.classes, where they are of a folder.
+    Sets options.classes to the training classes of a folder, for the checkpoint to record.
     """
     options.classes = options.classes or classes_of_run(options)
     splits = ("fit", "val") if options.validation else ("train", "test")
@@ -423,7 +437,7 @@ def load_images(options):
 
 
 def classes_of_run(options):
-    """The folder's classes with which the run in --out has begun, for others may be there now."""
+    """The classes with which the run in --out began: the folder may have others by now."""
     path = Path(options.out, "model.pt")
     saved = read_checkpoint(path).get("options", {}) if path.exists() else {}
     return saved["classes"] if saved.get("dataset") == options.dataset else []
@@ -433,10 +447,10 @@ def classes_of_run(options):
 
 
 def add_common_options(parser):
-    """The options that train.py and distill.py share. (*): the default depends on the data set."""
+    """Add the options of both scripts. (*): the default depends on the data set."""
     add = parser.add_argument
-    add("--out", help="folder of the run (default: a name in runs/)")
-    add("--arch", help="backbone: a name of torchvision, timm/NAME or resnet10 (*)")
+    add("--out", help="folder of the run (default: runs/ and a name)")
+    add("--arch", help="backbone: a torchvision name, timm/NAME or resnet10 (*)")
     add("--dim", type=number(int, 0), help="embedding dimension D; 0: no whitening layer (*)")
     add("--epochs", type=number(int, 1), help="number of epochs (*)")
     add(
@@ -456,7 +470,7 @@ def add_common_options(parser):
     add(
         "--validation",
         action="store_true",
-        default=None,  # not given: a student then does as its teacher did
+        default=None,  # so that a student can take its teacher's
         help="train on half of the training classes, test on the other half",
     )
     add(
@@ -472,12 +486,12 @@ def add_common_options(parser):
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the backbone in training; auto: bfloat16 where a GPU has it (auto)",
+        help="of the backbone; auto: bfloat16 on GPUs that have it (auto)",
     )
 
 
 def describe_recipes(recipes):
-    """The defaults that depend on the data set as a table for --help."""
+    """The defaults that depend on the data set, as a table for --help."""
     lines = ["(*) defaults by data set:"]
     lines.append(" " * 15 + "".join(f"{dataset:>17}" for dataset in recipes))
     for name in next(iter(recipes.values())):
@@ -487,23 +501,23 @@ def describe_recipes(recipes):
 
 
 def parse_options(argv=None):
-    """The options; those that are not on the command line have the defaults of the data set."""
+    """Parse the command line; what it leaves open is filled in from the data set's recipe."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\nHere")[0],
+        description=__doc__,
         epilog=describe_recipes(RECIPES),
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
     add("--dataset", help="cub, cars, sop, synthetic or a folder (default: synthetic)")
-    add("--root", help="folder that holds the data set (default: here)")
+    add("--root", help="folder that holds the data set (default: the current one)")
     add("--size", type=number(int, 1), help="image size, in px (*)")
     add("--weights", help="initial weights: imagenet, random or a file (*)")
     add(
         "--pooling",
         choices=("gem", "gemmp", "mac", "spoc"),
         default="gem",
-        help="GeM, GeM with a p for each channel, maximum or mean (gem)",
+        help="GeM, GeM with one p per channel, maximum or mean (gem)",
     )
     add_common_options(parser)
     options = parser.parse_args(argv)
@@ -515,14 +529,14 @@ def parse_options(argv=None):
 
 
 def fill_in(options, defaults):
-    """Give the options about which the command line is silent these values, a dict."""
+    """Give the options that are still open, None, the values in a dict."""
     for name, value in defaults.items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
 
 
 def run_folder(options, sizes):
-    """The folder of the run: as asked for, or a name in runs/."""
+    """The folder of the run: --out, or runs/ and a name."""
     default = f"runs/{Path(options.dataset).name}-{sizes}-seed{options.seed}"
     return str(Path(options.out or default).expanduser())
 
