@@ -2038,7 +2038,7 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     short = {"epochs": 1, "views": 2, "batch_size": 8, "size": 32, "workers": 0}
     for module in (train, distill):
         monkeypatch.setitem(module.RECIPES, "folder", module.RECIPES["folder"] | short)
-    code = (HERE / "README.md").read_text().split("is used from Python:")[1].split("\n\n")[1]
+    code = (HERE / "README.md").read_text().split("can be used from Python:")[1].split("\n\n")[1]
     code = code.replace("--student-size 224", "--student-size 16")
     names = {"make_module": lambda: nn.Conv2d(3, 4, 3, stride=4)}
     exec("\n".join(line.strip() for line in code.splitlines()), names)
