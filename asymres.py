@@ -74,7 +74,7 @@ class EmbeddingNet(nn.Module):
 
     With pretrained weights the batch-norm layers stay in eval mode during training: their
     statistics are kept, their scale and shift are learned. For a `backbone` of your own this is all
-    that `pretrained` decides: give False if its statistics are still to be estimated.
+    that `pretrained` decides: give True if its weights are pretrained, else False.
 
     Images are renormalised for a pretrained network that expects another mean and std. `size` is
     for the caller: the side in px at which the network was trained. Raises NetworkError if `arch`
@@ -203,7 +203,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # In the authors' code the maximum includes the own class, with 0, so it is never below 0.
+    # Never below 0, because the authors' maximum includes the own class, as 0: where all weights
+    # are below 1, they stay as they are, and the 1e-6 counts for more.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)

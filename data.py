@@ -70,8 +70,8 @@ class DistillationLoader:
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views per image
     mixup       mix each view with one of another image, weighted by Beta(0.2, 0.2). This partner
-                is one of the last 200 decoded images, put through the same draw: the crop from the
-                same random numbers, the same flip and colours
+                is one of the 200 images decoded last in this epoch, put through the same draw: the
+                crop from the same random numbers, the same flip and colours
     min_scale   smallest crop, as a share of the image's area
     epoch_size  maximum number of images per epoch; others are drawn for each epoch
 
@@ -81,6 +81,7 @@ class DistillationLoader:
 
     The 200 images are kept on `device` as uint8, shrunk only so far that no crop is enlarged: 0.1
     GB for CUB, and at most 2 GB, for photographs above 3 megapixels at 448 px and min_scale 0.08.
+    Raises UserError if an image cannot be read.
     """
 
     def __init__(
@@ -111,12 +112,12 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # Not plain rank: numpy takes (seed, epoch, 0) for (seed, epoch), which the sampler uses.
+        # 1 + rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), the sampler's.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
-        pool = []
+        pool = []  # for mixup; the first batches of an epoch have fewer partners
         for packed in self.decoded:
             images = to_images(packed, self.device)
-            pool = (pool + images)[-POOL_SIZE:]  # the batch itself is in it
+            pool = (pool + images)[-POOL_SIZE:]
             draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
             small = render_views(images, draws, self.student_size)
             large = render_views(images, draws, self.teacher_size)
@@ -314,10 +315,13 @@ def adjust_hue(x, shift):
     x.clamp_(0, 1).mul_(chroma).add_(low)
 
 
-def random_crops(dataset, batches, size, min_scale, workers, device, rng):
-    """The teacher's augmentation (Sec. 3.2): random crops and flips of a data set's images.
+# ---------------------------------------------------------- augmentation of the teacher, Sec. 3.2
 
-    For each list of b indices in `batches` yields (b, 3, size, size), normalised, on the device.
+
+def random_crops(dataset, batches, size, min_scale, workers, device, rng):
+    """For each list of b indices in `batches`, random crops and flips of these images.
+
+    Yields (b, 3, size, size), normalised, on the device. rng: a numpy Generator.
     """
     max_pixels = most_pixels_needed(size, min_scale)
     for packed in decoding_loader(dataset, batches, max_pixels, workers, device):
@@ -332,31 +336,36 @@ def random_crops(dataset, batches, size, min_scale, workers, device, rng):
 
 
 # ------------------------------------------------------------ decoding, in the worker processes
+#
+# A DataLoader's workers decode the images i of a batch: whole ones for training, by `decode`, or
+# evaluation crops. Whole images differ in shape: `pack_images` makes one tensor of a batch in the
+# worker, and `to_images` a list of images on the training device.
 
 
 class InWorkers(Dataset):
-    """A data set of function(images, i), for each image i, which worker processes compute."""
+    """Item i is function(dataset, i), which worker processes compute."""
 
-    def __init__(self, images, function):
-        self.images, self.function = images, function
+    def __init__(self, dataset, function):
+        self.dataset, self.function = dataset, function
 
     def __len__(self):
-        return len(self.images)
+        return len(self.dataset)
 
     def __getitem__(self, i):
-        return self.function(self.images, i)
+        return self.function(self.dataset, i)
 
 
-def decode(images, i, max_pixels):
-    """Image i as uint8 (3, H, W); an ImageDataset shrinks it to max_pixels."""
-    if isinstance(images, ImageDataset):
-        return TF.pil_to_tensor(images.read(i, max_pixels))
-    return TF.pil_to_tensor(to_rgb(images[i]))
+def decode(dataset, i, max_pixels):
+    """Image i of a data set as uint8 (3, H, W), shrunk to max_pixels if it has more."""
+    if isinstance(dataset, ImageDataset):
+        return TF.pil_to_tensor(dataset.read(i, max_pixels))
+    image = to_rgb(dataset[i])
+    return TF.pil_to_tensor(image.resize(size_within(image.size, max_pixels), LANCZOS))
 
 
-def decode_evaluation_crop(images, i, size):
-    """The evaluation crop of image i, uint8 (3, size, size)."""
-    return TF.pil_to_tensor(evaluation_crop(to_rgb(images[i]), size))
+def decode_evaluation_crop(dataset, i, size):
+    """The evaluation crop of image i of a data set, uint8 (3, size, size)."""
+    return TF.pil_to_tensor(evaluation_crop(to_rgb(dataset[i]), size))
 
 
 def worker_loader(dataset, function, batches, workers, device="cpu", collate=None):
@@ -372,7 +381,7 @@ def worker_loader(dataset, function, batches, workers, device="cpu", collate=Non
 
 
 def decoding_loader(dataset, batches, max_pixels, workers, device):
-    """A DataLoader of whole images, packed by `pack_images`; `to_images` unpacks them."""
+    """A DataLoader of whole images, packed by `pack_images`."""
     decode_one = partial(decode, max_pixels=max_pixels)
     return worker_loader(dataset, decode_one, batches, workers, device, pack_images)
 
@@ -530,10 +539,16 @@ def load_dataset(name, root=None, split="train", unlabelled=False, training_clas
 
 
 def settle_dataset(name, root):
-    """(name, root) as checkpoints record them: absolute paths. Of a folder the name is the path."""
+    """(name, root) as checkpoints record them: absolute paths. Of a folder the name is the path.
+
+    Raises UserError if there is no such folder.
+    """
     if name.lower() in (*COUNTS, "synthetic"):
         return name.lower(), root and absolute(root)
-    return absolute(os.path.join(root or "", name)), None
+    folder = absolute(os.path.join(root or "", name))
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}; data sets are cub, cars, sop and synthetic")
+    return folder, None
 
 
 def absolute(path):
@@ -599,6 +614,7 @@ def load_published(name, root, split):
     except Exception as error:  # what is missing or damaged raises many kinds
         raise UserError(
             f"{name} cannot be read in {root} ({error!r:.200}): {LAYOUTS[name]} are expected there"
+            + (f"; python data.py {name} --root {root} downloads it" if name in DOWNLOADS else "")
         ) from error
     dataset = ImageDataset([os.path.join(root, path) for path in paths], map(int, labels))
     training = range(LAST_TRAINING_CLASS[name] + 1)
@@ -681,6 +697,7 @@ def find_mistake(dataset, i):
 
 # -------------------------------------------------------------------------------- reading images
 
+LANCZOS = Image.Resampling.LANCZOS
 TURNS = {  # for each value of the EXIF tag Orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -703,16 +720,20 @@ def read_image(path, max_pixels=None):
     try:
         with Image.open(path) as file:
             turn = TURNS.get(file.getexif().get(0x0112))
-            shrink = min(1, ((max_pixels or np.inf) / (file.width * file.height)) ** 0.5)
-            size = [max(1, round(side * shrink)) for side in file.size]
-            if shrink < 1:
+            size = size_within(file.size, max_pixels or np.inf)
+            if size != file.size:
                 file.draft(None, [2 * side for side in size])  # JPEG decodes at 1/2, 1/4 or 1/8
-            image = to_rgb(file)
-        if shrink < 1:
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = to_rgb(file).resize(size, LANCZOS)
         return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{path} cannot be read as an image ({error!r:.200})") from error
+
+
+def size_within(size, max_pixels):
+    """(width, height) itself or, if it has more than max_pixels, scaled down to about as many."""
+    width, height = size
+    scale = min(1, (max_pixels / (width * height)) ** 0.5)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def to_rgb(image):
@@ -758,7 +779,7 @@ def evaluation_crop(image, size):
     left, top = (round((side - size) / 2) for side in (width, height))
     x, y = image.width / width, image.height / height  # px of the image per resized px
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return image.resize((size, size), LANCZOS, box=box)
 
 
 def evaluation_transform(size):

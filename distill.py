@@ -10,12 +10,19 @@ distils a student, in a few minutes on a CPU. In the last one the teacher is an 
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from torch.utils.data import BatchSampler
 
 import train
-from asymres import absolute_term, distillation_loss, fingerprint, save_checkpoint
+from asymres import (
+    absolute_term,
+    distillation_loss,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from data import (
     DistillationLoader,
     EpochSampler,
@@ -30,9 +37,9 @@ from data import (
 from evaluate import (
     HELP_FORMAT,
     Progress,
+    autocast,
     compare,
     compare_unlabelled,
-    default_workers,
     extract,
     find_device,
     load_network,
@@ -53,7 +60,6 @@ CUB = dict(
     micro_batch=8,
     views=8,
     min_scale=0.08,
-    workers=default_workers(),
     lr=1.4025e-4,
     lambda_ts=0.7718,
     lambda_ss=0.6684,
@@ -71,7 +77,6 @@ EGGS = dict(
     micro_batch=8,
     views=8,
     min_scale=0.7,
-    workers=0,
     lr=6e-3,
     lambda_ts=0.75,
     lambda_ss=0.75,
@@ -90,13 +95,14 @@ def distill(teacher, dataset, options, student=None, progress=None):
     options   see `parse_options` and `complete_options`
     student   an EmbeddingNet; by default the one that the options describe
     """
+    freeze(teacher, options)
     student, run = start_run(teacher, dataset, options, student, progress)
     loader = DistillationLoader(
         dataset,
         options.student_size,
         options.teacher_size,
         views=options.views,
-        batch_size=run.micro_batch,
+        batch_size=run.micro_batch,  # run.accumulate of these make a step
         mixup=not options.no_mixup,
         workers=options.workers,
         device=run.device,
@@ -116,7 +122,7 @@ def distill_one_epoch(teacher, student, loader, run, options):
     """The student learns to embed small views as the teacher embeds the same views, large."""
     student.train()
     for i, (small, large) in enumerate(loader, start=1):  # views (B, A, 3, H, W) at two sizes
-        with run.autocast():
+        with autocast(run.device, options.precision):
             with torch.no_grad():
                 t = teacher(large)  # (B, A, D)
             s = student(small)  # (B, A, D)
@@ -127,24 +133,32 @@ def distill_one_epoch(teacher, student, loader, run, options):
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
+def freeze(teacher, options):
+    """Put the teacher on the device, in eval mode, without gradients; it sees teacher_size px."""
+    teacher.to(find_device(options.device), memory_format=torch.channels_last)
+    teacher.eval().requires_grad_(False)
+    teacher.size = options.teacher_size
+
+
 def start_run(teacher, dataset, options, student=None, progress=None):
-    """(student, its run), new or resumed, with the teacher frozen on the same device."""
+    """(student, its run), new or resumed. Raises UserError if their dimensions differ."""
     if student is None:
         student = new_student(teacher, options)
-    student.size, teacher.size = options.student_size, options.teacher_size
+    student.size = options.student_size
     if student.dim != teacher.dim:
         raise UserError(
             f"the student has {student.dim} dimensions and the teacher {teacher.dim}: give --dim "
             f"{teacher.dim}"
         )
-    teacher.to(find_device(options.device), memory_format=torch.channels_last)
-    teacher.eval().requires_grad_(False)
     count = len(EpochSampler(len(dataset), options.epoch_size))  # images per epoch and process
-    run = train.Run(student, options, count, teacher=fingerprint(teacher), progress=progress)
+    run = train.Run(
+        student,
+        options,
+        count,
+        teacher_fingerprint=fingerprint(teacher),
+        progress=progress,
+    )
     run.resume()
-    if options.unlabelled and not options.teacher and process_rank() == 0:
-        # An ImageNet network has no checkpoint yet, which evaluate.py needs for the index.
-        save_checkpoint(f"{options.out}/teacher.pt", teacher, options=vars(options))
     return student, run
 
 
@@ -162,6 +176,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
 
     Images are evaluation crops, which the teacher embeds once, in float32.
     """
+    freeze(teacher, options)
     targets = extract(
         teacher, dataset, options.teacher_size, options.device, workers=options.workers
     )  # (N, D)
@@ -178,7 +193,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
         student.train()
         for i, (rows, images) in enumerate(zip(batches, crops, strict=True), start=1):
             images = normalize(images.to(run.device) / 255)  # (B, 3, s, s)
-            with run.autocast():
+            with autocast(run.device, options.precision):
                 s = student(images)  # (B, D)
             loss = absolute_term(s[:, None], targets[rows][:, None])  # A = 1
             loss.backward()
@@ -196,30 +211,30 @@ def miniature(options):
     """On drawn eggs: the baseline with labels, the teacher, the student, and a table of them."""
     training, test = train.load_images(options)
     teacher_options = labelled_options(options, "teacher", options.teacher_size)
-    labels_options = labelled_options(options, "labels", options.student_size)
+    baseline_options = labelled_options(options, "labels", options.student_size)
     # As many image passes as the student has; an anchor takes 1 + NEGATIVES of them.
     passes = options.epochs * (1 if options.regression else options.views)
-    labels_options.epochs = max(1, round(passes / (1 + train.NEGATIVES)))
-    classes, others = len(set(training.labels)), len(set(test.labels))
+    baseline_options.epochs = max(1, round(passes / (1 + train.NEGATIVES)))
+    train_classes, test_classes = len(set(training.labels)), len(set(test.labels))
     large, small = f"{options.teacher_size} px", f"{options.student_size} px"
     say(
-        f"The paper in miniature, on {len(training)} drawn eggs of {classes} classes:",
+        f"The paper in miniature, on {len(training)} drawn eggs of {train_classes} classes:",
         f"  1. labels at {small}: the baseline, trained for as many image passes as the student",
         f"  2. the teacher: trained with labels at {large}",
         f"  3. the student: learns without labels to embed at {small} as the teacher does at "
         f"{large}",
-        f"Then {len(test)} images of {others} other classes are searched for each other.",
+        f"Then {len(test)} images of {test_classes} other classes are searched for each other.",
     )
     progress = Progress("", announce=True)
-    labels_time, teacher_time, student_time = 0.14, 0.57, 0.29  # shares, measured on a CPU
-    progress.stage(f"1. labels, {small}", labels_time)
-    labels = train.train(training, labels_options, progress=progress)
+    baseline_time, teacher_time, student_time = 0.14, 0.57, 0.29  # shares, measured on a CPU
+    progress.stage(f"1. labels, {small}", baseline_time)
+    baseline = train.train(training, baseline_options, progress=progress)
     progress.stage(f"2. teacher, {large}", teacher_time)
     teacher = train.train(training, teacher_options, progress=progress)
     progress.stage(f"3. student, {small}", student_time)
     learn = regress if options.regression else distill
     student = learn(teacher, training, options, progress=progress)
-    finish(teacher, student, training, test, options, [labels])
+    finish(teacher, student, training, test, options, [baseline])
     say(
         f"  teacher, symmetric    queries and database at {large}: the goal",
         f"  no distillation       {small} queries in that database, embedded by the teacher itself",
@@ -260,16 +275,14 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nWith --teacher, its size, architecture and dimension come before these.",
+        + "\nA --teacher's size, architecture and dimension come before these; without one,\n"
+        "--unlabelled has --dim 0.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
     add("--teacher", help="checkpoint or released name; not needed for synthetic and --unlabelled")
-    add(
-        "--dataset",
-        help="cub, cars, sop, synthetic or a folder (default: the teacher's, or synthetic)",
-    )
+    add("--dataset", help="cub, cars, sop, synthetic or a folder (the teacher's, or synthetic)")
     add("--root", help="folder that holds the data set (default: the teacher's)")
     add(
         "--unlabelled",
@@ -313,8 +326,7 @@ def complete_options(options, teacher=None, trained=None):
         options.unlabelled = True
 
     train.fill_in(options, options_of_teacher(options, teacher, trained))
-    train.fill_in(options, RECIPES.get(options.dataset, RECIPES["folder"]))
-    train.fill_in(options, {"unlabelled": False, "validation": False, "classes": []})
+    train.fill_in_defaults(options, RECIPES)
     options.out = train.run_folder(options, f"{options.teacher_size}to{options.student_size}")
     check_options(options, teacher, trained)
 
@@ -356,6 +368,16 @@ def imagenet_teacher(options):
     return train.new_network(options, "gem", options.teacher_size, weights).eval()
 
 
+def keep_teacher(teacher, options):
+    """Save an ImageNet teacher beside the student, for evaluate.py. Never replace another one."""
+    path = Path(options.out, "teacher.pt")
+    if path.exists() and fingerprint(load_checkpoint(path)) != fingerprint(teacher):
+        raise UserError(f"{path} is another teacher: give another --out")
+    if process_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, teacher, options=vars(options))
+
+
 def main():
     options = parse_options()
     teacher, trained = load_teacher(options)
@@ -363,7 +385,9 @@ def main():
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)
-    teacher = teacher or imagenet_teacher(options)
+    if teacher is None:
+        teacher = imagenet_teacher(options)
+        keep_teacher(teacher, options)
     learn = regress if options.regression else distill
     student = learn(teacher, training, options)
     finish(teacher, student, training, test, options)

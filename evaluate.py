@@ -1,8 +1,10 @@
 """Evaluate (Sec. 4): exact retrieval metrics, accuracy against the cost of a query, and search.
 
-python evaluate.py --teacher T.pt --student S.pt --json table.json --figure queries.png
-python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
-python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
+    python evaluate.py --teacher T.pt --student S.pt --json table.json --figure queries.png
+    python evaluate.py --teacher T.pt --database FOLDER --index photos.pt   # embed large, once
+    python evaluate.py --student S.pt --index photos.pt --query IMAGE ...   # search small
+
+The first prints a table, the second embeds a folder into an index, the third searches it.
 """
 
 # In this order: metrics and nearest neighbours, in plain torch; embedding; the table; index and
@@ -170,7 +172,8 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         rows, padding = rows_of_classes(by_label, first[some], class_size[some])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
         correct = correct.sort(descending=True).values[:, : int(n[some].max())]
-        # 3. Without them only wrong images are left: count those that score at least as high.
+        # 3. Without them only wrong images are left: count those that score at least as high. (What
+        #    is counted for padding is not read.)
         scores.scatter_(1, rows, -torch.inf)
         wrong = []
         for score in correct.T:  # (q,)
@@ -281,7 +284,7 @@ def query_cost(net, size, device, precision):
     return counter.get_total_flops() / 1e9, 1e3 * seconds
 
 
-class Search(NamedTuple):
+class Comparison(NamedTuple):
     """A row of the table: whose queries, at which size in px, search whose database."""
 
     name: str
@@ -301,7 +304,9 @@ def compare(
     workers=0,
     precision="float32",
 ):
-    """Print the table of accuracy (%) against the cost of a query. Returns its rows, as dicts.
+    """Print the table of accuracy (%) against the cost of a query.
+
+    Returns its rows as dicts, which have all metrics of `retrieval_metrics`.
 
     As in the paper, each image of the data set in turn is the query and searches all the others,
     but not itself: queries and database are the same images, embedded by two networks or at two
@@ -318,21 +323,21 @@ def compare(
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
     name = "teacher, symmetric" if students or supervised else "symmetric"
-    searches = [Search(name, teacher, teacher.size, teacher)]
+    comparisons = [Comparison(name, teacher, teacher.size, teacher)]
     for size in sorted({net.size for net in students}):
-        searches.append(Search("no distillation", teacher, size, teacher))
-    for which, net in numbered(supervised):
-        searches.append(Search(f"labels{which}, symmetric", net, net.size, net))
-    for which, net in numbered(students):
-        searches.append(Search(f"student{which}, asymmetric", net, net.size, teacher))
-        searches.append(Search(f"student{which}, symmetric", net, net.size, net))
-    for _, net, size, _ in searches:
+        comparisons.append(Comparison("no distillation", teacher, size, teacher))
+    for suffix, net in numbered(supervised):
+        comparisons.append(Comparison(f"labels{suffix}, symmetric", net, net.size, net))
+    for suffix, net in numbered(students):
+        comparisons.append(Comparison(f"student{suffix}, asymmetric", net, net.size, teacher))
+        comparisons.append(Comparison(f"student{suffix}, symmetric", net, net.size, net))
+    for _, net, size, _ in comparisons:
         if (net, size) not in embedded:
             vectors = extract(net, dataset, size, device, workers=workers, precision=precision)
             embedded[net, size] = vectors.to(device)
             costs[net, size] = query_cost(net, size, device, precision)
     rows = []
-    for name, net, size, database_net in searches:
+    for name, net, size, database_net in comparisons:
         queries, database = embedded[net, size], embedded[database_net, database_net.size]
         metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
         row = {
@@ -341,11 +346,13 @@ def compare(
             "query px": size,
             "database px": database_net.size,
         }
-        row |= {f"R@{k}": 100 * metrics[f"R@{k}"] for k in ks}
-        row |= {"mAP": 100 * metrics["mAP"]}
-        rows.append(row | dict(zip(("GFLOPs/query", "ms/query"), costs[net, size], strict=True)))
+        row |= {metric: 100 * value for metric, value in metrics.items()}
+        row |= dict(zip(("GFLOPs/query", "ms/query"), costs[net, size], strict=True))
+        rows.append(row)
     say(f"{len(dataset)} images of {len(set(labels))} classes, each once the query for all others:")
-    print_table(rows)
+    columns = ["search", "network", "query px", "database px", *(f"R@{k}" for k in ks)]
+    columns += ["mAP", "GFLOPs/query", "ms/query"]
+    print_table([{name: row[name] for name in columns} for row in rows])
     if figure and process_rank() == 0:
         small = students[0].size
         captions = {
@@ -383,13 +390,13 @@ def compare_unlabelled(
     database = extract(teacher, everything, teacher.size, **how).to(device)
     small_by_teacher = extract(teacher, dataset, student.size, **how).to(device)
     small_by_student = extract(student, dataset, student.size, **how).to(device)
-    searches = [  # name, the queries' network, size in px and embeddings
+    comparisons = [  # name, the queries' network, size in px and embeddings
         ("teacher", teacher, teacher.size, database[: len(dataset)]),
         ("no distillation", teacher, student.size, small_by_teacher),
         ("student", student, student.size, small_by_student),
     ]
     rows, captions = [], {}
-    for name, net, size, queries in searches:
+    for name, net, size, queries in comparisons:
         captions[f"{name}\n{size} px"] = queries
         gflops, ms = query_cost(net, size, device, precision)
         row = {"search": name, "network": net.arch, "query px": size, "database px": teacher.size}
@@ -494,7 +501,7 @@ def taught_by(network, student, about):
     """Whether a network, by its fingerprint, is the student's teacher or the student itself."""
     if not about.options:  # a checkpoint of the authors, which does not say
         return True
-    return network in (about.teacher, fingerprint(student))
+    return network in (about.teacher_fingerprint, fingerprint(student))
 
 
 # ---------------------------------------------------------------------------- tables and pictures
@@ -605,8 +612,8 @@ def find_device(name=None):
     """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, cards = str(name or "cpu"), torch.cuda.device_count()
-    there = ["cpu"] + ["cuda"] * bool(cards) + [f"cuda:{i}" for i in range(cards)]
+    name, gpus = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
     if name not in there:
         raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
     return torch.device(name)
@@ -716,7 +723,8 @@ def run_program(main):
     except torch.OutOfMemoryError:
         end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
     except (UserError, NetworkError, OSError) as error:
-        end(2, f"error: {error}")
+        # From a worker process comes the sentence at the end of a traceback.
+        end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
     except KeyboardInterrupt:
         end(130, "\nstopped; a training continues after its last whole epoch by the same command")
     finally:
@@ -731,7 +739,7 @@ class About(NamedTuple):
     """What a checkpoint says about the training of its network."""
 
     options: dict  # {} for the authors' checkpoints, which have none
-    teacher: str | None  # the fingerprint of a student's teacher
+    teacher_fingerprint: str | None  # of a student's teacher
 
 
 def load_network(path):
@@ -755,7 +763,11 @@ def parse_options(argv=None):
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
-    add("--teacher", help="checkpoint or released name of the database's network")
+    add(
+        "--teacher",
+        help="the database's network: a checkpoint, or a released name as "
+        "cub-448r-resnet50-512-gem-w",
+    )
     add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
     add("--size", type=number(int, 1), help="px of the database's images (default: the teacher's)")
     add("--figure", metavar="FILE.png", help="draw what the first student finds")
@@ -789,36 +801,37 @@ def parse_options(argv=None):
     return parser.parse_args(argv)
 
 
+# The options that each of the three commands reads.
+OPTIONS_READ = {
+    "--query": "student index query top figure device".split(),
+    "--database": "teacher size database index workers device precision".split(),
+    "the table": "teacher student supervised size dataset root unlabelled validation ks json "
+    "figure workers device precision".split(),
+}
+
+
 def main():
     options = parse_options()
     find_device(options.device)  # an impossible --device ends the program before it reads files
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
     if options.query:
-        refuse_unread(options, "with --query", SEARCH)
+        refuse_unread(options, "--query")
         command_search(options)
-    elif not options.teacher:
-        raise UserError("--teacher is needed, or --query with --student and --index")
     elif options.database:
-        refuse_unread(options, "with --database", INDEX)
+        refuse_unread(options, "--database")
         command_index(options)
     else:
-        refuse_unread(options, "without --database or --query", TABLE)
+        refuse_unread(options, "the table")
         command_table(options)
 
 
-# The options that each of the three commands reads.
-SEARCH = {"student", "index", "query", "top", "figure", "device"}
-INDEX = {"teacher", "size", "database", "index", "workers", "device", "precision"}
-TABLE = {"teacher", "student", "supervised", "size", "dataset", "root", "unlabelled", "validation"}
-TABLE |= {"ks", "json", "figure", "workers", "device", "precision"}
-
-
-def refuse_unread(options, command, read):
+def refuse_unread(options, command):
     """Raise UserError if an option is given that this command does not read."""
     for name, default in vars(parse_options([])).items():
-        if name not in read and getattr(options, name) != default:
-            raise UserError(f"--{name} has no meaning {command}")
+        if getattr(options, name) != default and name not in OPTIONS_READ[command]:
+            others = [other for other, names in OPTIONS_READ.items() if name in names]
+            raise UserError(f"--{name} is read by {' and '.join(others)}, not by {command}")
 
 
 def command_search(options):
@@ -839,8 +852,8 @@ def command_search(options):
 
 def command_index(options):
     """--database: embed a folder into an index."""
-    if not options.index:
-        raise UserError("--database needs an --index FILE to write")
+    if not options.teacher or not options.index:
+        raise UserError("--database needs a --teacher, and an --index FILE to write")
     teacher, _ = load_network(options.teacher)
     teacher.size = options.size or teacher.size
     build_index(
@@ -855,6 +868,8 @@ def command_index(options):
 
 def command_table(options):
     """Neither: the table of a teacher and its students."""
+    if not options.teacher:
+        raise UserError("--teacher is needed, or --query with --student and --index")
     teacher, about = load_network(options.teacher)
     teacher.size = options.size or teacher.size
     students = [load_student(path, teacher) for path in options.student]
@@ -891,16 +906,17 @@ def load_student(path, teacher):
     return student
 
 
-def load_test_images(options, saved):
+def load_test_images(options, trained):
     """(test images, None), or without labels (those held back, all others).
 
-    By default they are of the teacher's data set; saved: the options of its training.
+    By default they are of the teacher's data set; trained: the options of its training.
     """
-    name = options.dataset or saved.get("dataset")
+    name = options.dataset or trained.get("dataset")
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
-    trained = saved if name == saved.get("dataset") else {}  # {} if on other images
+    if name != trained.get("dataset"):
+        trained = {}  # on other images
     if options.validation and trained and not trained["validation"]:
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"

@@ -1,7 +1,9 @@
 """Train a teacher (Sec. 3.2): metric learning with labels, at the large resolution.
 
-python train.py --dataset cub --root data --size 448      # ResNet50, 512-D, 200 epochs, one GPU
-python train.py --dataset cub --root data --size 224      # the small baseline with labels
+    python train.py --dataset cub --root data --size 448      # the teacher: ResNet50, 512-D
+    python train.py --dataset cub --root data --size 224      # the small baseline with labels
+
+The first makes the network that distill.py needs as --teacher.
 """
 
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
@@ -56,10 +58,10 @@ MARGIN = 0.7  # of the triplet loss
 WEIGHT_DECAY = 1e-6  # of AdamW; none for GeM's p
 DIV_FACTOR = 10  # of the one-cycle schedule: the learning rate starts at lr / 10
 
-# The defaults that depend on the data set; "folder" is any other one. For photographs the image
-# size, the network and the number of epochs are the paper's. The learning rate and batch size of
-# its teachers were not published: ours are untested.
-PHOTOGRAPHS = dict(
+# The defaults that depend on the data set; "folder" is any other one. For CUB, Cars and SOP the
+# image size, the network and the number of epochs are the paper's. The learning rate and batch size
+# of its teachers were not published: ours are untested.
+BENCHMARK = dict(
     size=448,
     arch="resnet50",
     weights="imagenet",
@@ -69,7 +71,6 @@ PHOTOGRAPHS = dict(
     micro_batch=8,
     lr=1e-5,
     min_scale=0.08,
-    workers=default_workers(),
 )
 EGGS = dict(
     size=64,
@@ -81,10 +82,9 @@ EGGS = dict(
     micro_batch=16,
     lr=1e-3,
     min_scale=0.85,
-    workers=0,
 )
-FOLDER = PHOTOGRAPHS | dict(epochs=10, batch_size=32, lr=1e-4)  # tried on rendered products
-RECIPES = {name: PHOTOGRAPHS for name in ("cub", "cars", "sop")}
+FOLDER = BENCHMARK | dict(epochs=10, batch_size=32, lr=1e-4)  # tried on rendered products
+RECIPES = {"cub": BENCHMARK, "cars": BENCHMARK, "sop": BENCHMARK}
 RECIPES |= {"folder": FOLDER, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------- the teacher's training
@@ -119,7 +119,7 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """One epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    # Not plain rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), which `mine` uses.
+    # 1 + rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), which is the one in `mine`.
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
@@ -127,7 +127,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
     )
     net.train()
     for i, images in enumerate(crops, start=1):  # (b (1 + M), 3, H, W)
-        with run.autocast():
+        with autocast(run.device, options.precision):
             embeddings = net(images).view(-1, 1 + NEGATIVES, net.dim)  # (b, 1 + M, D)
         anchors, negatives = embeddings[:, 0], embeddings[:, 1:]
         positives = others_of_group(anchors)  # (b, 3, D)
@@ -217,10 +217,11 @@ def mine(net, dataset, classes, epoch, options):
 class Run:
     """What surrounds a training loop: optimizer and schedule, resuming, the log and checkpoints.
 
-    count      images (in train.py anchors) per epoch in this process
-    group      how many of them must stay together in a micro-batch
-    teacher    fingerprint of the student's teacher
-    progress   a Progress that is shared with other runs
+    options               only out, seed, device, epochs, batch_size, micro_batch and lr matter here
+    count                 images (in train.py anchors) per epoch in this process
+    group                 how many of them must stay together in a micro-batch
+    teacher_fingerprint   of a student's teacher
+    progress              a Progress that is shared with other runs
 
     The loop adds the loss of each micro-batch to `loss` and calls `step()` after `accumulate` of
     them. `end_epoch()` writes the checkpoint from which `resume()` continues.
@@ -229,10 +230,11 @@ class Run:
     norm, a step does not depend on how it is divided into micro-batches.
     """
 
-    def __init__(self, net, options, count, group=1, teacher=None, progress=None):
+    def __init__(self, net, options, count, group=1, teacher_fingerprint=None, progress=None):
         if not count:
             raise UserError("an epoch has fewer images than there are processes")
-        self.options, self.count, self.teacher = options, count, teacher
+        self.options, self.count = options, count
+        self.teacher_fingerprint = teacher_fingerprint
         self.device = find_device(options.device)
         self.net = net.to(self.device, memory_format=torch.channels_last)
         self.micro_batch, self.accumulate = divide_batch(options, group)
@@ -241,7 +243,9 @@ class Run:
             broadcast(tensor)
         self.optimizer = make_optimizer(net, options.lr)
         self.schedule = make_schedule(self.optimizer, options, self.steps)
-        self.first_epoch, self.log = 0, []  # of the log, one entry per finished epoch
+        self.loss = torch.zeros((), device=self.device)  # of the epoch so far, in this process
+        self.log = []  # one entry per finished epoch
+        self.first_epoch = 0
         self.says_epochs = progress is None  # runs that share a progress line print nothing else
         self.progress = progress or Progress(options.out)
         self.path = Path(options.out, "model.pt")
@@ -255,7 +259,7 @@ class Run:
         if not self.path.exists():
             return
         saved = read_checkpoint(self.path)
-        refuse_other_run(saved, self.options, self.teacher)
+        refuse_other_run(saved, self.options, self.teacher_fingerprint)
         self.net.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["training"]["optimizer"])
         self.log = saved["training"]["log"]
@@ -265,16 +269,13 @@ class Run:
 
     def begin_epoch(self):
         """Start the epoch's loss, clock and random numbers."""
-        self.loss = torch.zeros((), device=self.device)  # summed over this process's images
+        self.loss.zero_()
         torch.manual_seed(self.options.seed + len(self.log))  # for dropout, also after a resume
         self.began = time.time()
 
-    def autocast(self):
-        """The context manager of the forward passes."""
-        return autocast(self.device, self.options.precision)
-
     def step(self):
         """One step of the optimizer and its schedule, with gradients summed over processes."""
+        # Not by DistributedDataParallel, which averages, and wraps the network.
         add_over_processes([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -294,12 +295,12 @@ class Run:
         add_over_processes([self.loss])
         average_statistics(self.net)
         epoch, seconds = len(self.log), time.time() - self.began
-        count = self.count * process_count()
-        loss = self.loss.item() / count
+        images = self.count * process_count()
+        loss = self.loss.item() / images
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: take a smaller --lr")
         entry = {"epoch": epoch, "loss": loss, "lr": self.lr}
-        entry |= {"seconds": seconds, "images_per_s": count / seconds}
+        entry |= {"seconds": seconds, "images_per_s": images / seconds}
         if self.device.type == "cuda":
             entry["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.log.append(entry)
@@ -319,7 +320,11 @@ class Run:
         training = {"epochs": len(self.log), "log": self.log}
         training["optimizer"] = self.optimizer.state_dict()
         save_checkpoint(
-            self.path, self.net, options=options, teacher=self.teacher, training=training
+            self.path,
+            self.net,
+            options=options,
+            teacher=self.teacher_fingerprint,
+            training=training,
         )
 
 
@@ -357,14 +362,14 @@ def average_statistics(net):
 MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher"}
 
 
-def refuse_other_run(saved, options, teacher):
+def refuse_other_run(saved, options, teacher_fingerprint):
     """Raise UserError if a checkpoint is of a run with other options or of another teacher."""
     changed = [
         f"--{name.replace('_', '-')} {value}, now {getattr(options, name)}"
         for name, value in saved.get("options", {}).items()
         if name not in MAY_CHANGE and hasattr(options, name) and value != getattr(options, name)
     ]
-    if saved.get("teacher") != teacher:
+    if saved.get("teacher") != teacher_fingerprint:
         changed.append("another --teacher")
     if changed:
         changed = "; ".join(changed)
@@ -379,7 +384,8 @@ def divide_batch(options, group):
 
     Every process takes an equal share of a step, in micro-batches of one size: the largest from
     --micro-batch down to half of it that divides the share. If none does, --micro-batch it is, and
-    a step is the nearest number of images that it divides.
+    a step is the nearest number of images that it divides. For example, --batch-size 200 and
+    --micro-batch 8 are 25 x 8 in one process, 5 x 5 in each of 8, and 8 x 8 (192) in each of 3.
     """
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
@@ -439,8 +445,8 @@ def load_images(options):
 def classes_of_run(options):
     """The classes with which the run in --out began: the folder may have others by now."""
     path = Path(options.out, "model.pt")
-    saved = read_checkpoint(path).get("options", {}) if path.exists() else {}
-    return saved["classes"] if saved.get("dataset") == options.dataset else []
+    trained = read_checkpoint(path).get("options", {}) if path.exists() else {}
+    return trained["classes"] if trained.get("dataset") == options.dataset else []
 
 
 # --------------------------------------------------------------------------- options, the program
@@ -480,7 +486,11 @@ def add_common_options(parser):
         help="training classes of a folder (default: the first half by name)",
     )
     add("--seed", type=number(int, 0), default=1234, help="random seed (1234)")
-    add("--workers", type=number(int, 0), help="processes that decode images (*)")
+    add(
+        "--workers",
+        type=number(int, 0),
+        help="processes that decode images (one per core; 0 for synthetic)",
+    )
     add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add(
         "--precision",
@@ -521,11 +531,19 @@ def parse_options(argv=None):
     )
     add_common_options(parser)
     options = parser.parse_args(argv)
-    name, root = settle_dataset(options.dataset or "synthetic", options.root)
-    options.dataset, options.root, options.unlabelled = name, root, False
-    fill_in(options, RECIPES.get(name, RECIPES["folder"]) | {"validation": False, "classes": []})
+    name = options.dataset or "synthetic"
+    options.dataset, options.root = settle_dataset(name, options.root)
+    options.unlabelled = False
+    fill_in_defaults(options, RECIPES)
     options.out = run_folder(options, options.size)
     return options
+
+
+def fill_in_defaults(options, recipes):
+    """Fill in the options that are still open, by the data set's recipe or the same for all."""
+    fill_in(options, recipes.get(options.dataset, recipes["folder"]))
+    workers = 0 if options.dataset == "synthetic" else default_workers()
+    fill_in(options, dict(unlabelled=False, validation=False, classes=[], workers=workers))
 
 
 def fill_in(options, defaults):
