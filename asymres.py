@@ -220,8 +220,8 @@ def draw_negatives(anchors, pool, anchor_labels, pool_labels, count=4, generator
     if len(pool_labels) - largest_class < count:
         raise ValueError(f"an anchor has fewer than {count} negatives in the pool")
     rows = []
-    for some, labels in zip(anchors.split(512), anchor_labels.split(512), strict=True):
-        probabilities = negative_probabilities(some, pool, labels, pool_labels)  # (512, N)
+    for batch, labels in zip(anchors.split(512), anchor_labels.split(512), strict=True):
+        probabilities = negative_probabilities(batch, pool, labels, pool_labels)  # (512, N)
         rows.append(torch.multinomial(probabilities, count, generator=generator))
     return torch.cat(rows)
 

@@ -843,8 +843,8 @@ def draw_eggs(split):
     generator.manual_seed(121 if split == "test" else 1)
     images = torch.cat(
         [
-            draw_striped_eggs(angles[some], periods[some], palettes[some % 6], uniform)
-            for some in labels.split(60)
+            draw_striped_eggs(angles[batch], periods[batch], palettes[batch % 6], uniform)
+            for batch in labels.split(60)
         ]
     )
     return ImageDataset(images=images.numpy(), labels=labels.tolist())

@@ -162,16 +162,16 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     # All chunks use the same memory, because allocating it anew takes as long as counting.
     at_once = min(len(by_count), max(1, chunk // len(database)))
     buffers = database.new_empty(2, at_once, len(database))
-    for some in by_count.split(at_once):  # q queries
+    for batch in by_count.split(at_once):  # q queries
         # 1. All scores. The query's own image is no result.
-        scores, at_least = buffers[:, : len(some)]  # (q, N) each
-        torch.mm(queries[some].to(columns), columns, out=scores)  # (q, D) @ (D, N)
+        scores, at_least = buffers[:, : len(batch)]  # (q, N) each
+        torch.mm(queries[batch].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
-            scores.scatter_(1, some[:, None], -torch.inf)
+            scores.scatter_(1, batch[:, None], -torch.inf)
         # 2. The scores of correct images, sorted: n of them, then the query's own and padding.
-        rows, padding = rows_of_classes(by_label, first[some], class_size[some])  # (q, m) each
+        rows, padding = rows_of_classes(by_label, first[batch], class_size[batch])  # (q, m) each
         correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
-        correct = correct.sort(descending=True).values[:, : int(n[some].max())]
+        correct = correct.sort(descending=True).values[:, : int(n[batch].max())]
         # 3. Without them only wrong images are left: count those that score at least as high. (What
         #    is counted for padding is not read.)
         scores.scatter_(1, rows, -torch.inf)
@@ -180,7 +180,7 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
             torch.ge(scores, score[:, None], out=at_least)
             wrong.append(at_least.sum(1))
         better = torch.arange(len(wrong), device=n.device)  # j correct images come before j
-        yield torch.stack(wrong, 1).long() + better, n[some]
+        yield torch.stack(wrong, 1).long() + better, n[batch]
 
 
 def rows_of_classes(by_label, first, size):
@@ -207,10 +207,10 @@ def knn(queries, database, k, same_images=False, chunk=2**25):
         raise ValueError(f"k must be positive, not {k}")
     k = min(k, len(database) - int(same_images))
     scores, rows = [], []
-    for some in torch.arange(len(queries)).split(max(1, chunk // len(database))):
-        product = queries[some].to(database) @ database.T  # (q, D) @ (D, N) -> (q, N)
+    for batch in torch.arange(len(queries)).split(max(1, chunk // len(database))):
+        product = queries[batch].to(database) @ database.T  # (q, D) @ (D, N) -> (q, N)
         if same_images:
-            product.scatter_(1, some[:, None].to(product.device), -torch.inf)
+            product.scatter_(1, batch[:, None].to(product.device), -torch.inf)
         best = product.topk(k)
         scores.append(best.values)
         rows.append(best.indices)
@@ -576,6 +576,9 @@ def draw_answers(path, title, rows, cell=120):
 
 
 # ----------------------------------------- running a program: the same for evaluate, train, distill
+#
+# start_processes, add_over_processes, broadcast; find_device, autocast, default_workers; number and
+# HELP_FORMAT for options; Progress; run_program.
 #
 # Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
 # are sums over images, so gradients are summed over processes, not averaged.

@@ -2077,6 +2077,31 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     assert "student, asymmetric  custom   16        32" in capsys.readouterr().out
 
 
+def test_the_pieces_to_copy_of_the_readme(tmp_path, monkeypatch):
+    """Its lines run, in order; here on smaller networks and images."""
+    monkeypatch.chdir(tmp_path)
+    write_images("a.jpg", *(Path("PHOTOS", f"{i}.png") for i in range(20)))
+    net = small_net()
+    net.size = 32
+    Path("runs/photos").mkdir(parents=True)
+    save_checkpoint("runs/photos/model.pt", net)
+    section = (HERE / "README.md").read_text().split("## Pieces to copy")[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    for large, small in {
+        '"resnet50", dim=512': '"resnet18", dim=512, pretrained=False',
+        '224, 448, views=8, batch_size=16, workers=8, device="cuda"': "16, 32, batch_size=4",
+        "range(200)": "range(2)",
+    }.items():
+        assert large in code
+        code = code.replace(large, small)
+    x = unit_vectors(8, 8)
+    names = {"s": x[None], "t": x[None], "x": x, "labels": [i // 2 for i in range(8)]}
+    names |= {"queries": x, "database": torch.cat([x, x]), "other_labels": 2 * names["labels"]}
+    exec(code, names)
+    assert names["embedding"].shape == (1, 8) and names["loss"] < 1e-6
+    assert names["large"].shape == (2, 8, 3, 32, 32) and names["rows"].shape == (8, 10)
+
+
 # ------------------------------------------------------------------------------ recorded values
 
 # What the authors' functions (pavelsuma/raml at ea0f00f) gave when they were run once on random
