@@ -281,9 +281,17 @@ def parse_options(argv=None):
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
-    add("--teacher", help="checkpoint or released name; not needed for synthetic and --unlabelled")
-    add("--dataset", help="cub, cars, sop, synthetic or a folder (the teacher's, or synthetic)")
-    add("--root", help="folder that holds the data set (default: the teacher's)")
+    add(
+        "--teacher",
+        metavar="FILE",
+        help="checkpoint or released name; not needed for synthetic and --unlabelled",
+    )
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="cub, cars, sop, synthetic or a folder (the teacher's, or synthetic)",
+    )
+    add("--root", metavar="FOLDER", help="folder that holds the data set (the teacher's)")
     add(
         "--unlabelled",
         action="store_true",

@@ -762,45 +762,65 @@ def parse_options(argv=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog="Defaults are in parentheses.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
     add(
         "--teacher",
+        metavar="FILE",
         help="the database's network: a checkpoint, or a released name as "
         "cub-448r-resnet50-512-gem-w",
     )
-    add("--student", nargs="+", default=[], help="checkpoints of the queries' networks")
-    add("--size", type=number(int, 1), help="px of the database's images (default: the teacher's)")
+    add(
+        "--student",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="checkpoints of the queries' networks",
+    )
+    add(
+        "--size",
+        type=number(int, 1),
+        metavar="PX",
+        help="px of the database's images (the teacher's)",
+    )
     add("--figure", metavar="FILE.png", help="draw what the first student finds")
     add(
         "--workers",
         type=number(int, 0),
         default=default_workers(),
-        help="processes that decode images (default: one per core)",
+        help="processes that decode images (one per core)",
     )
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is a GPU)")
     add(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the backbone; auto: bfloat16 on GPUs that have it (default: float32)",
+        metavar="NAME",
+        help="auto, bfloat16 or float32; auto: bfloat16 if a GPU has it (float32)",
     )
     add = parser.add_argument_group("the table of a teacher and its students").add_argument
-    add("--supervised", nargs="+", default=[], help="checkpoints of networks trained with labels")
-    add("--dataset", help="cub, cars, sop, synthetic or a folder (default: the teacher's)")
-    add("--root", help="folder that holds the data set (default: the teacher's)")
+    add(
+        "--supervised",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="checkpoints of networks trained with labels",
+    )
+    add("--dataset", metavar="NAME", help="cub, cars, sop, synthetic or a folder (the teacher's)")
+    add("--root", metavar="FOLDER", help="folder that holds the data set (the teacher's)")
     add("--unlabelled", action="store_true", help="the data set is any folder, without labels")
     add("--validation", action="store_true", help="test on the second half of the training classes")
-    add("--ks", type=number(int, 1), nargs="+", default=[1, 8], help="the K of R@K (default: 1 8)")
+    add("--ks", type=number(int, 1), nargs="+", default=[1, 8], help="the K of R@K (1 8)")
     add("--json", metavar="FILE", help="also write the table as JSON")
     add = parser.add_argument_group("an index, with --teacher").add_argument
     add("--database", metavar="FOLDER", help="embed the images below this folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: the file to search")
     add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=number(int, 1), default=5, help="results per query (default: %(default)s)")
+    add("--top", type=number(int, 1), default=5, help="results per query (5)")
     return parser.parse_args(argv)
 
 

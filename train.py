@@ -454,9 +454,9 @@ def classes_of_run(options):
 
 def add_common_options(parser):
     """Add the options of both scripts. (*): the default depends on the data set."""
-    add = parser.add_argument
-    add("--out", help="folder of the run (default: runs/ and a name)")
-    add("--arch", help="backbone: a torchvision name, timm/NAME or resnet10 (*)")
+    add = parser.add_argument_group("network, training and machine").add_argument
+    add("--out", metavar="FOLDER", help="folder of the run (runs/ and a name)")
+    add("--arch", metavar="NAME", help="backbone: a torchvision name, timm/NAME or resnet10 (*)")
     add("--dim", type=number(int, 0), help="embedding dimension D; 0: no whitening layer (*)")
     add("--epochs", type=number(int, 1), help="number of epochs (*)")
     add(
@@ -483,7 +483,7 @@ def add_common_options(parser):
         "--classes",
         nargs="+",
         metavar="NAME",
-        help="training classes of a folder (default: the first half by name)",
+        help="training classes of a folder (the first half by name)",
     )
     add("--seed", type=number(int, 0), default=1234, help="random seed (1234)")
     add(
@@ -491,18 +491,19 @@ def add_common_options(parser):
         type=number(int, 0),
         help="processes that decode images (one per core; 0 for synthetic)",
     )
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is a GPU)")
     add(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the backbone; auto: bfloat16 on GPUs that have it (auto)",
+        metavar="NAME",
+        help="auto, bfloat16 or float32; auto: bfloat16 on GPUs that have it (auto)",
     )
 
 
 def describe_recipes(recipes):
     """The defaults that depend on the data set, as a table for --help."""
-    lines = ["(*) defaults by data set:"]
+    lines = ["Defaults are in parentheses. Those marked (*) depend on the data set:"]
     lines.append(" " * 15 + "".join(f"{dataset:>17}" for dataset in recipes))
     for name in next(iter(recipes.values())):
         values = "".join(f"{recipe[name]!s:>17}" for recipe in recipes.values())
@@ -519,8 +520,8 @@ def parse_options(argv=None):
         usage="%(prog)s [options]",
     )
     add = parser.add_argument
-    add("--dataset", help="cub, cars, sop, synthetic or a folder (default: synthetic)")
-    add("--root", help="folder that holds the data set (default: the current one)")
+    add("--dataset", metavar="NAME", help="cub, cars, sop, synthetic or a folder (synthetic)")
+    add("--root", metavar="FOLDER", help="folder that holds the data set (the current one)")
     add("--size", type=number(int, 1), help="image size, in px (*)")
     add("--weights", help="initial weights: imagenet, random or a file (*)")
     add(
