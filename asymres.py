@@ -203,8 +203,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # Never below 0, because the authors' maximum includes the own class, as 0: where all weights
-    # are below 1, they stay as they are, and the 1e-6 counts for more.
+    # As in the authors' code, whose maximum includes the own class, as 0:
+    # weight = exp(log_weight - max(0, largest log_weight of another class)) + 1e-6.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)

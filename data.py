@@ -112,7 +112,8 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # 1 + rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), the sampler's.
+        # A stream for each process, apart from the sampler's, which has the seed (seed, epoch):
+        # 1 + rank, because numpy drops a 0 at the end.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []  # for mixup; the first batches of an epoch have fewer partners
         for packed in self.decoded:
@@ -124,7 +125,7 @@ class DistillationLoader:
             yield small, large
 
 
-distillation_loader = DistillationLoader  # the same, for those who import it by this name
+distillation_loader = DistillationLoader  # an alias, kept so that older imports work
 
 
 class Draws(NamedTuple):
@@ -673,6 +674,8 @@ def keep_readable(dataset, workers=0):
 
     Raises UserError if more than one in ten cannot be read.
     """
+    if len(dataset) > 1000:
+        say(f"checking that {len(dataset)} images can be read")
     batches = BatchSampler(range(len(dataset)), 64, drop_last=False)
     checks = worker_loader(dataset, find_mistake, batches, workers)
     mistakes = [mistake for batch in checks for mistake in batch]

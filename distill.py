@@ -81,7 +81,8 @@ EGGS = dict(
     lambda_ts=0.75,
     lambda_ss=0.75,
 )
-FOLDER = CUB | dict(epochs=5, batch_size=16, lr=3e-4)  # tried on rendered products
+# The learning rate and batch size were tried on rendered products, with a smaller network.
+FOLDER = CUB | dict(epochs=5, batch_size=16, lr=3e-4)
 RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": FOLDER, "synthetic": EGGS}
 
 # --------------------------------------------------------------------------------- distillation
@@ -300,12 +301,24 @@ def parse_options(argv=None):
     )
     add("--teacher-size", type=number(int, 1), metavar="PX", help="image size of the teacher (*)")
     add("--student-size", type=number(int, 1), metavar="PX", help="image size of the student (*)")
-    add("--weights", help="initial weights: imagenet, random, teacher or a file (*)")
-    add("--views", type=number(int, 1), help="A, augmented views per image (*)")
+    add(
+        "--weights", metavar="NAME", help="initial weights: imagenet, random, teacher or a file (*)"
+    )
+    add("--views", type=number(int, 1), metavar="A", help="augmented views per image (*)")
     add("--no-mixup", action="store_true", help="do not mix views with those of other images")
     add("--regression", action="store_true", help="ablation: no augmentation, only absolute term")
-    add("--lambda-ts", type=number(float, 0), help="weight of the teacher-student term (*)")
-    add("--lambda-ss", type=number(float, 0), help="weight of the student-student term (*)")
+    add(
+        "--lambda-ts",
+        type=number(float, 0),
+        metavar="X",
+        help="weight of the teacher-student term (*)",
+    )
+    add(
+        "--lambda-ss",
+        type=number(float, 0),
+        metavar="X",
+        help="weight of the student-student term (*)",
+    )
     train.add_common_options(parser)
     return parser.parse_args(argv)
 
@@ -321,6 +334,7 @@ def load_teacher(options):
 def complete_options(options, teacher=None, trained=None):
     """Fill in what the command line leaves open: from the teacher, or else from the recipe.
 
+    Each `fill_in` leaves alone what is not None any more.
     trained: the options of the teacher's training, if they are known. Raises UserError if options
     contradict each other.
     """

@@ -140,10 +140,11 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         order = scores.argsort(descending=True)  # (N,)
         ranks = (database_labels[order] == label).nonzero()
 
-    But N scores take long to sort. The rank of a correct image is the number of wrong images that
-    score at least as high, plus the number of correct ones that score higher. The first number is
-    counted, in one pass over the scores per correct image; the second is known as soon as the few
-    correct scores are sorted.
+    But N scores take long to sort. The rank of a correct image is also the number of wrong images
+    that score at least as high, plus the number of correct ones that score higher. Say that wrong
+    images score 9 and 7, and correct ones 8 and 6: wrong ones above these are 1 and 2, correct ones
+    0 and 1, so the ranks are 1 and 3. The first number is counted, in one pass over the scores per
+    correct image; the second is known once the few correct scores are sorted.
 
     Ranks ascend, and after the first n of a row comes padding. Queries without a correct image are
     left out. The others are sorted by n, so that there is little padding.
@@ -163,24 +164,24 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     at_once = min(len(by_count), max(1, chunk // len(database)))
     buffers = database.new_empty(2, at_once, len(database))
     for batch in by_count.split(at_once):  # q queries
-        # 1. All scores. The query's own image is no result.
+        # 1. All scores. The query's own image is no result: -inf.
         scores, at_least = buffers[:, : len(batch)]  # (q, N) each
         torch.mm(queries[batch].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
             scores.scatter_(1, batch[:, None], -torch.inf)
-        # 2. The scores of correct images, sorted: n of them, then the query's own and padding.
+        # 2. The scores of the query's class, sorted. Its own image and padding are -inf, so they
+        #    come last, after the n correct images.
         rows, padding = rows_of_classes(by_label, first[batch], class_size[batch])  # (q, m) each
-        correct = scores.gather(1, rows).masked_fill(padding, -torch.inf)
-        correct = correct.sort(descending=True).values[:, : int(n[batch].max())]
-        # 3. Without them only wrong images are left: count those that score at least as high. (What
-        #    is counted for padding is not read.)
+        correct_scores = scores.gather(1, rows).masked_fill(padding, -torch.inf)
+        correct_scores = correct_scores.sort(descending=True).values[:, : int(n[batch].max())]
+        # 3. Without this class only wrong images are left: count those that score at least as high.
         scores.scatter_(1, rows, -torch.inf)
-        wrong = []
-        for score in correct.T:  # (q,)
+        wrong_above = []
+        for score in correct_scores.T:  # (q,)
             torch.ge(scores, score[:, None], out=at_least)
-            wrong.append(at_least.sum(1))
-        better = torch.arange(len(wrong), device=n.device)  # j correct images come before j
-        yield torch.stack(wrong, 1).long() + better, n[batch]
+            wrong_above.append(at_least.sum(1))
+        correct_above = torch.arange(len(wrong_above), device=n.device)  # above image j: j of them
+        yield torch.stack(wrong_above, 1).long() + correct_above, n[batch]
 
 
 def rows_of_classes(by_label, first, size):
@@ -648,7 +649,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
 
     parse.__name__ = kind.__name__  # argparse: invalid int value
@@ -684,7 +686,7 @@ class Progress:
         elapsed = now - self.began
         left = elapsed / (self.done - self.skipped) * (1 - self.done)
         if self.announce and self.done > 0.03:
-            say(f"By its first steps this takes {format_time(left)} minutes on this machine.")
+            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
             self.announce = False
         if now - self.shown < (0.2 if terminal else 30) and not last:
             return
@@ -726,7 +728,7 @@ def run_program(main):
     except torch.OutOfMemoryError:
         end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
     except (UserError, NetworkError, OSError) as error:
-        # From a worker process comes the sentence at the end of a traceback.
+        # A worker's arrives as "Caught UserError in ... Traceback ... data.UserError: SENTENCE".
         end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
     except KeyboardInterrupt:
         end(130, "\nstopped; a training continues after its last whole epoch by the same command")

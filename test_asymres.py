@@ -1776,7 +1776,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --views 0", "--views"),
         ("distill.py --views many", "--views: invalid int value: 'many'"),
         ("distill.py --lambda-ts nan", "--lambda-ts"),
-        ("distill.py --lambda-ss -1", "--lambda-ss: -1 is not from 0 to inf"),
+        ("distill.py --lambda-ss -1", "--lambda-ss: -1 is not at least 0"),
         ("distill.py --dataset FOLDER", "--teacher is needed"),
         ("distill.py --teacher nowhere.pt", "nowhere.pt is not a readable checkpoint"),
         ("distill.py --teacher CUT", "CUT is not a readable checkpoint"),

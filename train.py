@@ -83,7 +83,8 @@ EGGS = dict(
     lr=1e-3,
     min_scale=0.85,
 )
-FOLDER = BENCHMARK | dict(epochs=10, batch_size=32, lr=1e-4)  # tried on rendered products
+# The learning rate and batch size were tried on rendered products, with a smaller network.
+FOLDER = BENCHMARK | dict(epochs=10, batch_size=32, lr=1e-4)
 RECIPES = {"cub": BENCHMARK, "cars": BENCHMARK, "sop": BENCHMARK}
 RECIPES |= {"folder": FOLDER, "synthetic": EGGS}
 
@@ -119,7 +120,8 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """One epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    # 1 + rank: numpy takes the seed (seed, epoch, 0) for (seed, epoch), which is the one in `mine`.
+    # A stream for each process, apart from that of `mine`, which has the seed (seed, epoch):
+    # 1 + rank, because numpy drops a 0 at the end.
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
@@ -176,39 +178,43 @@ def draw_groups(classes, epoch_size, rng):
 def mine(net, dataset, classes, epoch, options):
     """This process's share of an epoch's rows (R, 1 + M): anchors and their negatives (Sec. 3.2).
 
-    Negatives are drawn from a random pool of images, as the network embeds them at this point.
+    Rows hold indices of images. Negatives are drawn from a random pool of images, as the network
+    embeds them at this point.
     """
     rng = np.random.default_rng((options.seed, epoch))
-    groups = draw_groups(classes, options.epoch_size, rng)  # (G, 4)
-    anchors, pool = groups.flatten(), rng.permutation(np.concatenate(classes))[:POOL]
+    anchors = draw_groups(classes, options.epoch_size, rng).flatten()
+    pool = rng.permutation(np.concatenate(classes))[:POOL]
 
+    device = find_device(options.device)
+    labels = torch.tensor(dataset.labels, device=device)
+    embedded = torch.zeros(len(dataset), net.dim, device=device)  # only of the images in use
     used = np.union1d(anchors, pool)
-    embedded = extract(
+    embedded[used] = extract(
         net,
         dataset.subset(used),
         options.size,
-        device=options.device,
+        device=device,
         workers=options.workers,
         precision=options.precision,
-    )
-    embedded = embedded.to(find_device(options.device))
-    labels = torch.tensor(dataset.labels, device=embedded.device)[used]
-    of_anchors, of_pool = np.searchsorted(used, anchors), np.searchsorted(used, pool)
+    ).to(device)
     negatives = draw_negatives(
-        embedded[of_anchors],
-        embedded[of_pool],
-        labels[of_anchors],
-        labels[of_pool],
+        embedded[anchors],
+        embedded[pool],
+        labels[anchors],
+        labels[pool],
         NEGATIVES,
-        torch.Generator(embedded.device).manual_seed(options.seed + epoch),
+        torch.Generator(device).manual_seed(options.seed + epoch),
     )
     rows = np.concatenate([anchors[:, None], pool[negatives.cpu().numpy()]], axis=1)
-    # (R, 1 + M): every process takes those of process 0, since GPUs may round differently.
-    rows = broadcast(torch.from_numpy(rows))
+    return share_of_process(torch.from_numpy(rows))
 
-    rows = rows.view(-1, GROUP, 1 + NEGATIVES)  # whole groups, equally many for each process
-    share = len(rows) // process_count()
-    return rows[process_rank() :: process_count()][:share].flatten(0, 1)
+
+def share_of_process(rows):
+    """Whole groups of rows (R, 1 + M), equally many for each process."""
+    rows = broadcast(rows)  # of process 0, since GPUs may round differently
+    groups = rows.view(-1, GROUP, 1 + NEGATIVES)
+    share = len(groups) // process_count()
+    return groups[process_rank() :: process_count()][:share].flatten(0, 1)
 
 
 # ------------------------------------------------------------ what teacher and student runs share
@@ -227,7 +233,8 @@ class Run:
     them. `end_epoch()` writes the checkpoint from which `resume()` continues.
 
     Losses are sums over images, and so are their gradients: with the same views and frozen batch
-    norm, a step does not depend on how it is divided into micro-batches.
+    norm, a step does not depend on how it is divided into micro-batches. (AdamW does not mind that
+    a sum is larger than a mean.)
     """
 
     def __init__(self, net, options, count, group=1, teacher_fingerprint=None, progress=None):
@@ -457,20 +464,37 @@ def add_common_options(parser):
     add = parser.add_argument_group("network, training and machine").add_argument
     add("--out", metavar="FOLDER", help="folder of the run (runs/ and a name)")
     add("--arch", metavar="NAME", help="backbone: a torchvision name, timm/NAME or resnet10 (*)")
-    add("--dim", type=number(int, 0), help="embedding dimension D; 0: no whitening layer (*)")
-    add("--epochs", type=number(int, 1), help="number of epochs (*)")
+    add(
+        "--dim",
+        type=number(int, 0),
+        metavar="D",
+        help="embedding dimension D; 0: no whitening layer (*)",
+    )
+    add("--epochs", type=number(int, 1), metavar="N", help="number of epochs (*)")
     add(
         "--epoch-size",
         type=number(int, 1),
+        metavar="N",
         default=8000,
         help="maximum images (or anchors) per epoch (8000)",
     )
-    add("--batch-size", type=number(int, 1), help="images (or anchors) per optimizer step (*)")
-    add("--micro-batch", type=number(int, 1), help="images (or anchors) per forward pass (*)")
-    add("--lr", type=number(float, 1e-12), help="peak learning rate (*)")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        metavar="N",
+        help="images (or anchors) per optimizer step (*)",
+    )
+    add(
+        "--micro-batch",
+        type=number(int, 1),
+        metavar="N",
+        help="images (or anchors) per forward pass: lower it if memory runs out (*)",
+    )
+    add("--lr", type=number(float, 1e-12), metavar="X", help="peak learning rate (*)")
     add(
         "--min-scale",
         type=number(float, 1e-3, 1),
+        metavar="X",
         help="smallest crop, as a share of the image (*)",
     )
     add(
@@ -485,10 +509,11 @@ def add_common_options(parser):
         metavar="NAME",
         help="training classes of a folder (the first half by name)",
     )
-    add("--seed", type=number(int, 0), default=1234, help="random seed (1234)")
+    add("--seed", type=number(int, 0), default=1234, metavar="N", help="random seed (1234)")
     add(
         "--workers",
         type=number(int, 0),
+        metavar="N",
         help="processes that decode images (one per core; 0 for synthetic)",
     )
     add("--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is a GPU)")
@@ -522,8 +547,8 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="cub, cars, sop, synthetic or a folder (synthetic)")
     add("--root", metavar="FOLDER", help="folder that holds the data set (the current one)")
-    add("--size", type=number(int, 1), help="image size, in px (*)")
-    add("--weights", help="initial weights: imagenet, random or a file (*)")
+    add("--size", type=number(int, 1), metavar="PX", help="image size (*)")
+    add("--weights", metavar="NAME", help="initial weights: imagenet, random or a file (*)")
     add(
         "--pooling",
         choices=("gem", "gemmp", "mac", "spoc"),
