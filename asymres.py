@@ -63,7 +63,8 @@ class GeM(nn.Module):
 class EmbeddingNet(nn.Module):
     """Images (B, 3, H, W) of any size, ImageNet-normalised -> unit vectors (B, D).
 
-    Backbone, pooling, L2, linear whitening, L2 (Sec. 3.1). Views (B, A, 3, H, W) give (B, A, D).
+    Backbone, pooling, L2, whitening (a learned linear layer), L2 (Sec. 3.1). Views (B, A, 3, H, W)
+    give (B, A, D).
 
     arch        a convolutional classifier of torchvision, "timm/NAME" (needs timm), or "resnet10",
                 with one basic block per stage ("resnet10-narrow": half as wide)
@@ -203,8 +204,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # As in the authors' code, whose maximum includes the own class, as 0:
-    # weight = exp(log_weight - max(0, largest log_weight of another class)) + 1e-6.
+    # The largest weight becomes 1 before 1e-6 is added. As in the authors' code, the own class
+    # counts as 0 in this maximum, which hardly ever matters.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -395,15 +396,15 @@ def read_checkpoint(path_or_name):
     """The content of a file of torch.save, or of an authors' checkpoint, by its name in RELEASED.
 
     Only plain data is read, so that a stranger's file runs no code. Raises NetworkError if the file
-    is damaged or holds anything else.
+    is damaged or holds anything else, and OSError if it cannot be downloaded.
     """
     path = str(path_or_name)
+    if path in RELEASED:
+        path = download_released(path)
     # The authors' files hold a numpy float, pickled under its name in numpy 2 or numpy 1.
     scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(x)) for x in ("f4", "f8", "i8")]
     numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
     try:
-        if path in RELEASED:
-            path = download_released(path)
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("its checksums are wrong")
         with torch.serialization.safe_globals(numbers):

@@ -7,14 +7,18 @@ colours and mixup are computed on the training device, a micro-batch at a time. 
 nothing else of this project: copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
-download; the drawn eggs.
+download; the drawn eggs; and, not about images, what train.py, distill.py and evaluate.py share as
+programs: processes, devices, options, progress and errors.
 """
 
 import argparse
 import copy
+import math
 import os
 import signal
 import sys
+import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,28 +38,6 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
 class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. Programs end with its message."""
-
-
-# torchrun starts several processes, each of which takes its share of an epoch's images. These three
-# functions are here because the file stands alone; the others are in evaluate.py.
-
-
-def process_rank():
-    """The number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def process_count():
-    """How many processes the program has."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def say(*lines):
-    """Print lines, in process 0."""
-    if process_rank() == 0 and lines:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
-        print(*lines, sep="\n", flush=True)
 
 
 # --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
@@ -125,7 +107,7 @@ class DistillationLoader:
             yield small, large
 
 
-distillation_loader = DistillationLoader  # an alias, kept so that older imports work
+distillation_loader = DistillationLoader  # this name, too, is part of the public interface
 
 
 class Draws(NamedTuple):
@@ -895,16 +877,193 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
+# ----------------------------------- what the programs train, distill and evaluate share
+#
+# Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
+# are sums over images, so gradients are summed over processes, not averaged.
+
+
+def start_processes():
+    """Join the other processes if torchrun started this one."""
+    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def process_rank():
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def process_count():
+    """How many processes the program has."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def add_over_processes(tensors):
+    """Sum tensors of one dtype over all processes, in place and in one message."""
+    if process_count() > 1:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(tensor):
+    """The tensor of process 0 in all processes, in place."""
+    if process_count() > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def find_device(name=None):
+    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name, gpus = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
+    return torch.device(name)
+
+
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
+
+
+def autocast(device, precision):
+    """The context manager of a forward pass in one of these precisions."""
+    use = precision == "bfloat16"
+    if precision == "auto":
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def default_workers():
+    """The number of workers that decode images: one per core, divided among the processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
+
+
+def say(*lines):
+    """Print lines, in process 0."""
+    if process_rank() == 0 and lines:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
+        print(*lines, sep="\n", flush=True)
+
+
+class Progress:
+    """A line on the terminal: what is running, how much of it is done, and the time left."""
+
+    def __init__(self, title, announce=False):
+        self.title, self.announce = title, announce
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
+        self.began = self.shown = time.time()
+
+    def stage(self, title, share):
+        """Begin a stage that is a share of the whole."""
+        self.title, self.share = title, share
+
+    def skip(self, part):
+        """A part of the stage was done earlier and says nothing about the speed."""
+        self.skipped += self.share * part
+        self.done += self.share * part
+
+    def advance(self, part, note=None):
+        """A part of the stage is done. Without a terminal, print a line every half minute.
+
+        note: a function whose text is added, called only when the line is shown
+        """
+        self.done += self.share * part
+        if process_rank() > 0:
+            return
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
+        elapsed = now - self.began
+        left = elapsed / (self.done - self.skipped) * (1 - self.done)
+        if self.announce and self.done > 0.03:
+            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
+            self.announce = False
+        if now - self.shown < (0.2 if terminal else 30) and not last:
+            return
+        self.shown = now
+        more = note() if note else ""
+        whole = " of all" if self.share < 1 else ""
+        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
+        if last:  # what took no time needs no line
+            title = "all" if self.share < 1 else self.title
+            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+        if terminal:
+            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def format_time(seconds):
+    """Minutes and seconds, 12:34."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def end(code, sentence):
+    """End the program with a sentence on stderr."""
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def run_program(main, *mistakes):
+    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
+
+    This is UserError, OSError, a lack of GPU memory and the exceptions in `mistakes`. Any other one
+    shows its traceback.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # where float32 is asked for, float32 is used
+    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        start_processes()
+        main()
+    except torch.OutOfMemoryError:
+        end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
+    except (UserError, OSError, *mistakes) as error:
+        # A worker's arrives as "Caught UserError in ... Traceback ... data.UserError: SENTENCE".
+        end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
+    except KeyboardInterrupt:
+        end(130, "\nstopped; a training continues after its last whole epoch by the same command")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- the program
+
+
 def main():
     parser = argparse.ArgumentParser(description=download.__doc__)
     parser.add_argument("name", choices=("cub", "cars", "sop"))
     parser.add_argument("--root", required=True, help="folder to put it in")
     options = parser.parse_args()
-    try:
-        download(options.name, options.root)
-    except UserError as error:
-        parser.error(str(error))
+    download(options.name, options.root)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

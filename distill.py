@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler
 
 import train
 from asymres import (
+    NetworkError,
     absolute_term,
     distillation_loss,
     fingerprint,
@@ -24,28 +25,23 @@ from asymres import (
     save_checkpoint,
 )
 from data import (
+    HELP_FORMAT,
     DistillationLoader,
     EpochSampler,
+    Progress,
     UserError,
+    autocast,
     evaluation_loader,
+    find_device,
     has_images_directly,
     normalize,
+    number,
     process_rank,
+    run_program,
     say,
     settle_dataset,
 )
-from evaluate import (
-    HELP_FORMAT,
-    Progress,
-    autocast,
-    compare,
-    compare_unlabelled,
-    extract,
-    find_device,
-    load_network,
-    number,
-    run_program,
-)
+from evaluate import compare, compare_unlabelled, extract, load_network
 
 # The defaults that depend on the data set; "folder" is any other one. Those for CUB, Cars and SOP
 # are the paper's.
@@ -276,8 +272,9 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nA --teacher's size, architecture and dimension come before these; without one,\n"
-        "--unlabelled has --dim 0.",
+        + "\nA --teacher's size, network and dimension come before these; --unlabelled alone has "
+        "--dim 0."
+        "\nIn the miniature --epochs, --batch-size, --lr and --min-scale are the student's.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
     )
@@ -373,9 +370,9 @@ def check_options(options, teacher, trained):
     if options.unlabelled and options.dataset in RECIPES:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
+        without = "" if options.dataset in RECIPES else "; --unlabelled does without"
         raise UserError(
-            f"--teacher is needed: train.py --dataset {options.dataset} makes one; --unlabelled "
-            "does without"
+            f"--teacher is needed: train.py --dataset {options.dataset} makes one{without}"
         )
     same_images = options.dataset == trained.get("dataset")
     if same_images and options.validation and not trained["validation"]:
@@ -416,4 +413,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, NetworkError)

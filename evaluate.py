@@ -7,25 +7,16 @@
 The first prints a table, the second embeds a folder into an index, the third searches it.
 """
 
-# In this order: metrics and nearest neighbours, in plain torch; embedding; the table; index and
-# search; pictures; and what all three programs share: processes, devices, progress and errors.
-
 import argparse
 import json
-import math
 import os
-import sys
-import time
 import timeit
-import warnings
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import distributed
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import (
@@ -36,17 +27,26 @@ from asymres import (
     save_atomically,
 )
 from data import (
+    HELP_FORMAT,
+    PRECISIONS,
     ImageDataset,
+    Progress,
     UserError,
+    add_over_processes,
+    autocast,
+    default_workers,
     evaluation_crop,
     evaluation_loader,
+    find_device,
     keep_readable,
     list_images,
     load_readable,
     normalize,
+    number,
     process_count,
     process_rank,
     read_image,
+    run_program,
     say,
     settle_dataset,
 )
@@ -108,22 +108,22 @@ def retrieval_metrics(
     )
     for ranks, n in batches:  # (q, m), (q,)
         j = torch.arange(ranks.shape[1], device=ranks.device)
-        r, n = ranks.double(), n[:, None]
-        correct = (j < n).double()  # 0 for padding
+        r = ranks.double()
+        correct = (j < n[:, None]).double()  # 0 for padding
         precision = (j + 1) / (r + 1) * correct
         before = torch.where(r > 0, j / r.clamp(min=1), 1.0) * correct
         trapezoid = (before + precision) / 2
-        last = r.gather(1, n - 1)
+        last = r.gather(1, n[:, None] - 1)[:, 0]  # rank of the last correct image
         metrics = {
-            "mAP": trapezoid.sum(1) / n[:, 0],
-            "R-Precision": ((r < n) * correct).sum(1) / n[:, 0],
-            "MAP@R": ((r < n) * precision).sum(1) / n[:, 0],
+            "mAP": trapezoid.sum(1) / n,
+            "R-Precision": ((r < n[:, None]) * correct).sum(1) / n,
+            "MAP@R": ((r < n[:, None]) * precision).sum(1) / n,
         }
         for k in ks:
             found = (r < k) * correct
             metrics[f"R@{k}"] = found.amax(1)
-            metrics[f"P@{k}"] = found.sum(1) / (last + 1).clamp(max=k)[:, 0]
-            metrics[f"mAP@{k}"] = (found * trapezoid).sum(1) / n.clamp(max=k)[:, 0]
+            metrics[f"P@{k}"] = found.sum(1) / (last + 1).clamp(max=k)
+            metrics[f"mAP@{k}"] = (found * trapezoid).sum(1) / n.clamp(max=k)
         for name, values in metrics.items():
             sums[name] = sums.get(name, 0) + values.sum().item()
         count += len(ranks)
@@ -206,6 +206,8 @@ def knn(queries, database, k, same_images=False, chunk=2**25):
     check_embeddings(queries, database)
     if k < 1:
         raise ValueError(f"k must be positive, not {k}")
+    if same_images and len(queries) > len(database):
+        raise ValueError("same_images: query i needs a row i of the database")
     k = min(k, len(database) - int(same_images))
     scores, rows = [], []
     for batch in torch.arange(len(queries)).split(max(1, chunk // len(database))):
@@ -367,7 +369,9 @@ def compare(
 
 def numbered(networks):
     """(" 1", network), (" 2", network), ... as on the command line; ("", network) if only one."""
-    return [(f" {i}" * (len(networks) > 1), net) for i, net in enumerate(networks, start=1)]
+    if len(networks) == 1:
+        return [("", networks[0])]
+    return [(f" {i}", net) for i, net in enumerate(networks, start=1)]
 
 
 def compare_unlabelled(
@@ -576,167 +580,6 @@ def draw_answers(path, title, rows, cell=120):
     sheet.save(path)
 
 
-# ----------------------------------------- running a program: the same for evaluate, train, distill
-#
-# start_processes, add_over_processes, broadcast; find_device, autocast, default_workers; number and
-# HELP_FORMAT for options; Progress; run_program.
-#
-# Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
-# are sums over images, so gradients are summed over processes, not averaged.
-
-
-def start_processes():
-    """Join the other processes if torchrun started this one."""
-    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def add_over_processes(tensors):
-    """Sum tensors of one dtype over all processes, in place and in one message."""
-    if process_count() > 1:
-        message = torch.cat([tensor.flatten() for tensor in tensors])
-        distributed.all_reduce(message)
-        parts = message.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def broadcast(tensor):
-    """The tensor of process 0 in all processes, in place."""
-    if process_count() > 1:
-        distributed.broadcast(tensor, src=0)
-    return tensor
-
-
-def find_device(name=None):
-    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
-    if not name and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, gpus = str(name or "cpu"), torch.cuda.device_count()
-    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
-    if name not in there:
-        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
-    return torch.device(name)
-
-
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
-
-
-def autocast(device, precision):
-    """The context manager of a forward pass in one of these precisions."""
-    use = precision == "bfloat16"
-    if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
-
-
-def default_workers():
-    """The number of workers that decode images: one per core, divided among the processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
-class Progress:
-    """A line on the terminal: what is running, how much of it is done, and the time left."""
-
-    def __init__(self, title, announce=False):
-        self.title, self.announce = title, announce
-        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
-        self.began = self.shown = time.time()
-
-    def stage(self, title, share):
-        """Begin a stage that is a share of the whole."""
-        self.title, self.share = title, share
-
-    def skip(self, part):
-        """A part of the stage was done earlier and says nothing about the speed."""
-        self.skipped += self.share * part
-        self.done += self.share * part
-
-    def advance(self, part, note=None):
-        """A part of the stage is done. Without a terminal, print a line every half minute.
-
-        note: a function whose text is added, called only when the line is shown
-        """
-        self.done += self.share * part
-        if process_rank() > 0:
-            return
-        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
-        elapsed = now - self.began
-        left = elapsed / (self.done - self.skipped) * (1 - self.done)
-        if self.announce and self.done > 0.03:
-            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
-            self.announce = False
-        if now - self.shown < (0.2 if terminal else 30) and not last:
-            return
-        self.shown = now
-        more = note() if note else ""
-        whole = " of all" if self.share < 1 else ""
-        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
-        if last:  # what took no time needs no line
-            title = "all" if self.share < 1 else self.title
-            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
-        if terminal:
-            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
-        elif line:
-            print(line, file=sys.stderr, flush=True)
-
-
-def format_time(seconds):
-    """Minutes and seconds, 12:34."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def end(code, sentence):
-    """End the program with a sentence on stderr."""
-    print(sentence, file=sys.stderr)
-    sys.exit(code)
-
-
-def run_program(main):
-    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
-
-    Any other exception shows its traceback.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # where float32 is asked for, float32 is used
-    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    try:
-        start_processes()
-        main()
-    except torch.OutOfMemoryError:
-        end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
-    except (UserError, NetworkError, OSError) as error:
-        # A worker's arrives as "Caught UserError in ... Traceback ... data.UserError: SENTENCE".
-        end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
-    except KeyboardInterrupt:
-        end(130, "\nstopped; a training continues after its last whole epoch by the same command")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
 # --------------------------------------------------------------------------- options, the program
 
 
@@ -792,6 +635,7 @@ def parse_options(argv=None):
     add(
         "--workers",
         type=number(int, 0),
+        metavar="N",
         default=default_workers(),
         help="processes that decode images (one per core)",
     )
@@ -815,14 +659,21 @@ def parse_options(argv=None):
     add("--root", metavar="FOLDER", help="folder that holds the data set (the teacher's)")
     add("--unlabelled", action="store_true", help="the data set is any folder, without labels")
     add("--validation", action="store_true", help="test on the second half of the training classes")
-    add("--ks", type=number(int, 1), nargs="+", default=[1, 8], help="the K of R@K (1 8)")
+    add(
+        "--ks",
+        type=number(int, 1),
+        nargs="+",
+        metavar="K",
+        default=[1, 8],
+        help="the K of R@K (1 8)",
+    )
     add("--json", metavar="FILE", help="also write the table as JSON")
     add = parser.add_argument_group("an index, with --teacher").add_argument
     add("--database", metavar="FOLDER", help="embed the images below this folder ...")
     add("--index", metavar="FILE", help="... into this file; with --query: the file to search")
     add = parser.add_argument_group("search in an --index, with one --student").add_argument
     add("--query", nargs="+", metavar="IMAGE", help="images to search for")
-    add("--top", type=number(int, 1), default=5, help="results per query (5)")
+    add("--top", type=number(int, 1), metavar="N", default=5, help="results per query (5)")
     return parser.parse_args(argv)
 
 
@@ -956,4 +807,4 @@ def load_test_images(options, trained):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, NetworkError)

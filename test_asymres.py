@@ -289,6 +289,8 @@ def test_metrics_and_knn_refuse(sentence, change):
         knn(**embeddings, k=1)
     with pytest.raises(ValueError, match="k must be positive"):
         knn(**GOOD, k=0)
+    with pytest.raises(ValueError, match="query i needs a row i"):
+        knn(torch.ones(3, 4), torch.ones(2, 4), k=1, same_images=True)
 
 
 @pytest.mark.parametrize(
@@ -771,7 +773,8 @@ def test_views_are_what_torchvision_makes_of_their_draws(mixup):
             if mixup:
                 partner = view_by_torchvision(draws.partners[v], draws.partner_boxes[v], *alike)
                 expected = draws.weights[v] * expected + (1 - draws.weights[v]) * partner
-            assert_close(view, data.normalize(expected), atol=0.1, rtol=0)
+            expected = data.normalize(expected)
+            assert_close(view, expected, atol=0.1, rtol=0)
             assert (view - expected).abs().mean() < 0.02  # older versions round in another way
     assert len(draws.partners) == (12 if mixup else 0)
 
@@ -1450,7 +1453,7 @@ def test_a_step_does_not_depend_on_how_it_is_divided(folder, teacher, tmp_path, 
             torch.cat([p.flatten() for p in net.backbone.parameters()])
             for net in (load_checkpoint(teacher), one, other)
         )
-        assert (one - other).norm() < 0.01 * (one - start).norm()
+        assert (one - other).norm() < 0.03 * (one - start).norm()
 
 
 def test_a_student_and_its_teacher(teacher, tmp_path):
@@ -1628,7 +1631,7 @@ SAME_IMAGES = "--regression --weights "
 def one_of_two_processes(folder, teacher):
     """What the next test starts two of, as this file's program: each leaves what it found."""
     torch.set_num_threads(1)
-    evaluate.start_processes()
+    data.start_processes()
     rank, forward, passes, found = data.process_rank(), EmbeddingNet.forward, [], {}
 
     def counted(net, images):
@@ -1707,7 +1710,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *words])
         code = 0
         try:
-            evaluate.run_program(PROGRAMS[script].main)
+            data.run_program(PROGRAMS[script].main, NetworkError)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -1735,7 +1738,6 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         if i < 3:
             write_images(root / "FEW" / label / f"{i}.png")
     write_images(*(root / "LONELY" / label / f"{i}.png" for label in "AB" for i in range(4)))
-    write_images(*(root / "LONELY" / "A" / f"{i}.png" for i in range(4)))
     for label in "abcd":
         (root / "BAD" / label / "4.png").write_text("an image once")
     return root
@@ -1790,7 +1792,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --dataset PHOTOS", "--dim needs a --teacher"),
         ("distill.py --dataset PHOTOS --dim 0 --weights teacher", "has no ImageNet weights"),
         ("evaluate.py", "--teacher is needed"),
-        ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "no download"),
+        ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "sop-448r-resnet50-512-gem-w.pth"),
         ("evaluate.py --teacher SIZE-32", "--dataset is needed"),
         ("evaluate.py --teacher TEACHER --ks 0", "--ks"),
         ("evaluate.py --teacher TEACHER --device gpu", "--device gpu"),
@@ -1845,7 +1847,7 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     """And those of users do not."""
 
     def slip():
-        evaluate.run_program(partial(divmod, 1, 0))
+        data.run_program(partial(divmod, 1, 0))
 
     def mistake():
         sys.argv = ["evaluate.py", "--teacher", "nowhere.pt"]
@@ -1865,7 +1867,7 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
     """Are printed with a replacement character, and the program goes on."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
-    evaluate.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
+    data.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"caf?.jpg\nthe next\n"
 
@@ -2009,8 +2011,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     """Its lines, word for word and in order, on a replica of CUB; options behind make it small."""
     small = f"{SMALL} --epochs 1"
     commands = readme_commands("Reproduce a benchmark")
-    released = [line for line in commands if any(name in line for name in asymres.RELEASED)]
-    download, teacher, student, baseline, table = (x for x in commands if x not in released)
+    download, released, teacher, student, baseline, table = commands
     monkeypatch.chdir(tmp_path)
     write_cub(tmp_path / "www" / "CUB_200_2011", images_per_class=6)
     monkeypatch.setitem(data.COUNTS, "cub", {"train": 12, "test": 12})
@@ -2052,15 +2053,13 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     assert set(os.listdir("runs/cub-448to224-seed1234")) == files
 
     def copy_network(url, path):
-        shutil.copy(
-            "runs/cub-448" + ("to224" if "-S224r-" in url else "") + "-seed1234/model.pt", path
-        )
+        name = "448to224" if "-S224r-" in url else "224" if "-224r-" in url else "448"
+        shutil.copy(f"runs/cub-{name}-seed1234/model.pt", path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", copy_network)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for line in released:
-        code, said, _ = run(f"{line} --workers 0")
-        assert code == 0 and "student, asymmetric" in said
+    code, said, _ = run(f"{released} --workers 0")
+    assert code == 0 and "student, asymmetric" in said and "labels, symmetric" in said
 
 
 def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ The first makes the network that distill.py needs as --teacher.
 """
 
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
-# and the log. What evaluate.py needs as well is there: processes, devices, progress and errors.
+# and the log. What evaluate.py shares with them is at the end of data.py.
 
 import argparse
 import json
@@ -21,34 +21,32 @@ import torch
 
 from asymres import (
     EmbeddingNet,
+    NetworkError,
     draw_negatives,
     read_checkpoint,
     save_checkpoint,
     triplet_loss,
 )
 from data import (
-    UserError,
-    load_readable,
-    process_count,
-    process_rank,
-    random_crops,
-    say,
-    settle_dataset,
-)
-from evaluate import (
     HELP_FORMAT,
     PRECISIONS,
     Progress,
+    UserError,
     add_over_processes,
     autocast,
     broadcast,
-    compare,
     default_workers,
-    extract,
     find_device,
+    load_readable,
     number,
+    process_count,
+    process_rank,
+    random_crops,
     run_program,
+    say,
+    settle_dataset,
 )
+from evaluate import compare, extract
 
 # All of these are as in the authors' code.
 GROUP = 4  # anchors of one class that stay together: for each, the other three are its positives
@@ -343,7 +341,7 @@ def make_optimizer(net, lr):
 
 
 def make_schedule(optimizer, options, steps, epochs_done=0):
-    """One cycle over the whole run, of `steps` an epoch: the rate rises to lr and falls to 0.
+    """One cycle over a run of `steps` per epoch: the rate rises to lr and falls to almost 0.
 
     AdamW's beta1 moves along, from 0.95 to 0.85 and back.
     """
@@ -594,4 +592,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, NetworkError)
