@@ -401,6 +401,8 @@ def read_checkpoint(path_or_name):
     path = str(path_or_name)
     if path in RELEASED:
         path = download_released(path)
+    if not os.path.exists(path):
+        raise NetworkError(f"there is no file {path}, and no released network of this name")
     # The authors' files hold a numpy float, pickled under its name in numpy 2 or numpy 1.
     scalar, dtypes = np._core.multiarray.scalar, [type(np.dtype(x)) for x in ("f4", "f8", "i8")]
     numbers = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]

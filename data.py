@@ -7,17 +7,14 @@ colours and mixup are computed on the training device, a micro-batch at a time. 
 nothing else of this project: copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
-download; the drawn eggs; and, not about images, what train.py, distill.py and evaluate.py share as
-programs: processes, devices, options, progress and errors.
+download; the drawn eggs; several processes, messages and mistakes.
 """
 
 import argparse
 import copy
-import math
 import os
 import signal
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -94,8 +91,8 @@ class DistillationLoader:
         return len(self.decoded)
 
     def __iter__(self):
-        # A stream for each process, apart from the sampler's, which has the seed (seed, epoch):
-        # 1 + rank, because numpy drops a 0 at the end.
+        # 1 + rank, because default_rng((a, b, 0)) is the same stream as default_rng((a, b)), which
+        # the sampler uses.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []  # for mixup; the first batches of an epoch have fewer partners
         for packed in self.decoded:
@@ -207,8 +204,9 @@ def resize_by_products(crops, flips, size, dtype=torch.float16, room=768 * 2**20
     """What `resize_by_interpolation` does, for many crops at once: the fast way on a GPU.
 
     Resizing is linear along rows and along columns: a crop becomes rows @ crop @ columns^T, where
-    each row of these two matrices has the weights of one output pixel. So a GPU has one small copy
-    per crop, into a padded batch, and a few large operations for all of them.
+    each row of these two matrices has the weights of one output pixel. So a GPU starts one small
+    copy per crop, into a padded batch, and a few large operations for all of them. By interpolation
+    it would start up to three per crop: conversion, resizing and flip.
 
     room: roughly the bytes of memory used beside the result; crops are processed in parts that
     fit. With the default, 8 x 8 views of 448 px with mixup stay below 1.5 GiB.
@@ -877,7 +875,7 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-# ----------------------------------- what the programs train, distill and evaluate share
+# ------------------------------------- several processes, messages and mistakes
 #
 # Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
 # are sums over images, so gradients are summed over processes, not averaged.
@@ -920,108 +918,12 @@ def broadcast(tensor):
     return tensor
 
 
-def find_device(name=None):
-    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
-    if not name and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, gpus = str(name or "cpu"), torch.cuda.device_count()
-    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
-    if name not in there:
-        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
-    return torch.device(name)
-
-
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
-
-
-def autocast(device, precision):
-    """The context manager of a forward pass in one of these precisions."""
-    use = precision == "bfloat16"
-    if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
-
-
-def default_workers():
-    """The number of workers that decode images: one per core, divided among the processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
 def say(*lines):
     """Print lines, in process 0."""
     if process_rank() == 0 and lines:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
         print(*lines, sep="\n", flush=True)
-
-
-class Progress:
-    """A line on the terminal: what is running, how much of it is done, and the time left."""
-
-    def __init__(self, title, announce=False):
-        self.title, self.announce = title, announce
-        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
-        self.began = self.shown = time.time()
-
-    def stage(self, title, share):
-        """Begin a stage that is a share of the whole."""
-        self.title, self.share = title, share
-
-    def skip(self, part):
-        """A part of the stage was done earlier and says nothing about the speed."""
-        self.skipped += self.share * part
-        self.done += self.share * part
-
-    def advance(self, part, note=None):
-        """A part of the stage is done. Without a terminal, print a line every half minute.
-
-        note: a function whose text is added, called only when the line is shown
-        """
-        self.done += self.share * part
-        if process_rank() > 0:
-            return
-        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
-        elapsed = now - self.began
-        left = elapsed / (self.done - self.skipped) * (1 - self.done)
-        if self.announce and self.done > 0.03:
-            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
-            self.announce = False
-        if now - self.shown < (0.2 if terminal else 30) and not last:
-            return
-        self.shown = now
-        more = note() if note else ""
-        whole = " of all" if self.share < 1 else ""
-        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
-        if last:  # what took no time needs no line
-            title = "all" if self.share < 1 else self.title
-            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
-        if terminal:
-            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
-        elif line:
-            print(line, file=sys.stderr, flush=True)
-
-
-def format_time(seconds):
-    """Minutes and seconds, 12:34."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def end(code, sentence):

@@ -25,23 +25,28 @@ from asymres import (
     save_checkpoint,
 )
 from data import (
-    HELP_FORMAT,
     DistillationLoader,
     EpochSampler,
-    Progress,
     UserError,
-    autocast,
     evaluation_loader,
-    find_device,
     has_images_directly,
     normalize,
-    number,
     process_rank,
     run_program,
     say,
     settle_dataset,
 )
-from evaluate import compare, compare_unlabelled, extract, load_network
+from evaluate import (
+    HELP_FORMAT,
+    Progress,
+    autocast,
+    compare,
+    compare_unlabelled,
+    extract,
+    find_device,
+    load_network,
+    number,
+)
 
 # The defaults that depend on the data set; "folder" is any other one. Those for CUB, Cars and SOP
 # are the paper's.
@@ -168,6 +173,9 @@ def new_student(teacher, options):
     return copy.deepcopy(teacher).requires_grad_(True)
 
 
+# ------------------------------------------------- an ablation: regression without augmentation
+
+
 def regress(teacher, dataset, options, student=None, progress=None):
     """The ablation without augmentation, in place of `distill`: only the absolute term (Eq. 3).
 
@@ -265,6 +273,9 @@ def finish(teacher, student, training, test, options, supervised=()):
 
 
 # --------------------------------------------------------------------------- options, the program
+#
+# An option is None until it is settled. In this order: the command line; the teacher's checkpoint
+# (`options_of_teacher`); the recipe of the data set (`train.fill_in_defaults`).
 
 
 def parse_options(argv=None):
@@ -272,7 +283,7 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nA --teacher's size, network and dimension come before these; --unlabelled alone has "
+        + "\nA --teacher's size, network and --dim come before these; --unlabelled alone has "
         "--dim 0."
         "\nIn the miniature --epochs, --batch-size, --lr and --min-scale are the student's.",
         formatter_class=HELP_FORMAT,
@@ -331,7 +342,6 @@ def load_teacher(options):
 def complete_options(options, teacher=None, trained=None):
     """Fill in what the command line leaves open: from the teacher, or else from the recipe.
 
-    Each `fill_in` leaves alone what is not None any more.
     trained: the options of the teacher's training, if they are known. Raises UserError if options
     contradict each other.
     """
@@ -380,10 +390,15 @@ def check_options(options, teacher, trained):
 
 
 def imagenet_teacher(options):
-    """A plain ImageNet network, without whitening, as the teacher of images without labels."""
+    """A plain ImageNet network, or one of --weights, as the teacher of images without labels.
+
+    It has no whitening layer.
+    """
     if options.dim:
         raise UserError("--dim needs a --teacher: a plain ImageNet network has no whitening layer")
     weights = "imagenet" if options.weights == "teacher" else options.weights
+    if weights == "random":
+        say("note: --weights random: the teacher is untrained")
     return train.new_network(options, "gem", options.teacher_size, weights).eval()
 
 

@@ -9,9 +9,13 @@ The first prints a table, the second embeds a folder into an index, the third se
 
 import argparse
 import json
+import math
 import os
+import sys
+import time
 import timeit
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,22 +31,15 @@ from asymres import (
     save_atomically,
 )
 from data import (
-    HELP_FORMAT,
-    PRECISIONS,
     ImageDataset,
-    Progress,
     UserError,
     add_over_processes,
-    autocast,
-    default_workers,
     evaluation_crop,
     evaluation_loader,
-    find_device,
     keep_readable,
     list_images,
     load_readable,
     normalize,
-    number,
     process_count,
     process_rank,
     read_image,
@@ -135,7 +132,7 @@ def retrieval_metrics(
 def ranks_of_correct_images(queries, database, query_labels, database_labels, same_images, chunk):
     """Yield, for q queries at a time, the ranks (q, m) of their n correct images, and n, (q,).
 
-    Where no two scores are equal, the ranks of one query are
+    Without the query's own image, and where no two scores are equal, the ranks of one query are
 
         order = scores.argsort(descending=True)  # (N,)
         ranks = (database_labels[order] == label).nonzero()
@@ -267,6 +264,79 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
         progress.advance(1 / len(batches))
     add_over_processes([embeddings])  # the rows of others are 0 here
     return embeddings
+
+
+def find_device(name=None):
+    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name, gpus = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
+    return torch.device(name)
+
+
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
+
+
+def autocast(device, precision):
+    """The context manager of a forward pass in one of these precisions."""
+    use = precision == "bfloat16"
+    if precision == "auto":
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+class Progress:
+    """A line on the terminal: what is running, how much of it is done, and the time left."""
+
+    def __init__(self, title, announce=False):
+        self.title, self.announce = title, announce
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
+        self.began = self.shown = time.time()
+
+    def stage(self, title, share):
+        """Begin a stage that is a share of the whole."""
+        self.title, self.share = title, share
+
+    def skip(self, part):
+        """A part of the stage was done earlier and says nothing about the speed."""
+        self.skipped += self.share * part
+        self.done += self.share * part
+
+    def advance(self, part, note=None):
+        """A part of the stage is done. Without a terminal, print a line every half minute.
+
+        note: a function whose text is added, called only when the line is shown
+        """
+        self.done += self.share * part
+        if process_rank() > 0:
+            return
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
+        elapsed = now - self.began
+        left = elapsed / (self.done - self.skipped) * (1 - self.done)
+        if self.announce and self.done > 0.03:
+            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
+            self.announce = False
+        if now - self.shown < (0.2 if terminal else 30) and not last:
+            return
+        self.shown = now
+        more = note() if note else ""
+        whole = " of all" if self.share < 1 else ""
+        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
+        if last:  # what took no time needs no line
+            title = "all" if self.share < 1 else self.title
+            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+        if terminal:
+            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def format_time(seconds):
+    """Minutes and seconds, 12:34."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 # -------------------------------------------------------- accuracy against the cost of a query
@@ -503,7 +573,10 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
 
 
 def taught_by(network, student, about):
-    """Whether a network, by its fingerprint, is the student's teacher or the student itself."""
+    """Whether a network, by its fingerprint, is the student's teacher or the student itself.
+
+    (A student may also search a database of its own.)
+    """
     if not about.options:  # a checkpoint of the authors, which does not say
         return True
     return network in (about.teacher_fingerprint, fingerprint(student))
@@ -601,6 +674,29 @@ def load_network(path):
     if epochs and epochs < planned:
         say(f"note: {path} is unfinished, {epochs} of {planned} epochs")
     return net, about
+
+
+def default_workers():
+    """The number of workers that decode images: one per core, divided among the processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse: invalid int value
+    return parse
 
 
 def parse_options(argv=None):

@@ -1761,7 +1761,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("train.py --arch timm/resnet18", "pip install timm"),
         ("train.py --arch squeezenet1_1 --size 8", "8 px is too small"),
         ("train.py --arch squeezenet1_1 --weights imagenet", "--weights FILE"),
-        ("train.py --weights nowhere.pt", "nowhere.pt is not a readable checkpoint"),
+        ("train.py --weights nowhere.pt", "there is no file nowhere.pt"),
         ("train.py --weights OTHER", "OTHER does not hold the weights of this network"),
         ("train.py --dataset /nowhere", "there is no folder /nowhere"),
         ("distill.py --dataset nowhere", "there is no folder"),
@@ -1780,7 +1780,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --lambda-ts nan", "--lambda-ts"),
         ("distill.py --lambda-ss -1", "--lambda-ss: -1 is not at least 0"),
         ("distill.py --dataset FOLDER", "--teacher is needed"),
-        ("distill.py --teacher nowhere.pt", "nowhere.pt is not a readable checkpoint"),
+        ("distill.py --teacher nowhere.pt", "there is no file nowhere.pt"),
         ("distill.py --teacher CUT", "CUT is not a readable checkpoint"),
         ("distill.py --teacher TEXT", "TEXT is not a readable checkpoint"),
         ("distill.py --teacher OTHER", "OTHER is not a checkpoint"),
@@ -1860,7 +1860,7 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     process = fork(mistake)
     process.join()
     said = capfd.readouterr().err
-    assert process.exitcode == 2 and said.startswith("error: nowhere.pt") and said.count("\n") == 1
+    assert process.exitcode == 2 and said.startswith("error: there is no file nowhere.pt") and said.count("\n") == 1
 
 
 def test_names_that_the_terminal_cannot_show(monkeypatch):

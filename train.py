@@ -7,7 +7,7 @@ The first makes the network that distill.py needs as --teacher.
 """
 
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
-# and the log. What evaluate.py shares with them is at the end of data.py.
+# and the log.
 
 import argparse
 import json
@@ -28,17 +28,10 @@ from asymres import (
     triplet_loss,
 )
 from data import (
-    HELP_FORMAT,
-    PRECISIONS,
-    Progress,
     UserError,
     add_over_processes,
-    autocast,
     broadcast,
-    default_workers,
-    find_device,
     load_readable,
-    number,
     process_count,
     process_rank,
     random_crops,
@@ -46,7 +39,17 @@ from data import (
     say,
     settle_dataset,
 )
-from evaluate import compare, extract
+from evaluate import (
+    HELP_FORMAT,
+    PRECISIONS,
+    Progress,
+    autocast,
+    compare,
+    default_workers,
+    extract,
+    find_device,
+    number,
+)
 
 # All of these are as in the authors' code.
 GROUP = 4  # anchors of one class that stay together: for each, the other three are its positives
@@ -118,8 +121,7 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """One epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    # A stream for each process, apart from that of `mine`, which has the seed (seed, epoch):
-    # 1 + rank, because numpy drops a 0 at the end.
+    # 1 + rank, because default_rng((a, b, 0)) is the same stream as default_rng((a, b)): `mine`'s.
     rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
@@ -251,6 +253,7 @@ class Run:
         self.loss = torch.zeros((), device=self.device)  # of the epoch so far, in this process
         self.log = []  # one entry per finished epoch
         self.first_epoch = 0
+        self.steps_taken = 0  # in this epoch
         self.says_epochs = progress is None  # runs that share a progress line print nothing else
         self.progress = progress or Progress(options.out)
         self.path = Path(options.out, "model.pt")
@@ -275,6 +278,7 @@ class Run:
     def begin_epoch(self):
         """Start the epoch's loss, clock and random numbers."""
         self.loss.zero_()
+        self.steps_taken = 0
         torch.manual_seed(self.options.seed + len(self.log))  # for dropout, also after a resume
         self.began = time.time()
 
@@ -286,12 +290,12 @@ class Run:
         self.optimizer.zero_grad()
         self.lr = self.schedule.get_last_lr()[0]  # of this step, for the log
         self.schedule.step()
+        self.steps_taken += 1
         self.progress.advance(1 / (self.steps * self.options.epochs), self.describe_epoch)
 
     def describe_epoch(self):
         """The epoch and its loss so far, for the progress line."""
-        steps = self.schedule.last_epoch - len(self.log) * self.steps  # taken in this epoch
-        seen = min(self.count, steps * self.micro_batch * self.accumulate)
+        seen = min(self.count, self.steps_taken * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
         return f", {epoch}, loss {self.loss.item() / seen:.4g}"
 
