@@ -125,8 +125,10 @@ class EmbeddingNet(nn.Module):
         return self
 
     def forward(self, images):
-        if images.ndim < 4:
-            raise ValueError(f"images (B, 3, H, W) are needed, not {tuple(images.shape)}")
+        if images.ndim < 4 or not images.is_floating_point():
+            raise ValueError(
+                f"float images (B, 3, H, W) are needed, not {tuple(images.shape)} {images.dtype}"
+            )
         x = images.reshape(-1, *images.shape[-3:])  # (..., 3, H, W) -> (N, 3, H, W)
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
@@ -146,7 +148,10 @@ def distillation_loss(s, t, lambda_ts, lambda_ss):
 
     s[b, i] and t[b, i] are the student's and the teacher's embeddings of view i of image b. Views
     are compared only with views of the same image, and no label is needed. t needs no gradient.
+    Raises ValueError if shapes differ.
     """
+    if s.ndim != 3 or s.shape != t.shape:
+        raise ValueError(f"(B, A, D) twice is needed, not {tuple(s.shape)} and {tuple(t.shape)}")
     return absolute_term(s, t) + lambda_ts * ts_term(s, t) + lambda_ss * ss_term(s, t)
 
 
@@ -205,7 +210,7 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
     # The largest weight becomes 1 before 1e-6 is added. As in the authors' code, the own class
-    # counts as 0 in this maximum, which hardly ever matters.
+    # counts as 0 in this maximum; this matters only if all other log weights are negative.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -266,7 +271,8 @@ def build_backbone(arch, pretrained):
     except Exception as error:  # an unknown name, no timm, no download: many kinds
         raise NetworkError(
             f"{arch} with {'ImageNet' if from_imagenet else 'random'} weights is not available "
-            f"({error!r:.200}); timm/NAME needs pip install timm; offline: --weights FILE"
+            f"({error!r:.200}); offline: --weights FILE"
+            + ("; timm/NAME needs pip install timm" if arch.startswith("timm/") else "")
         ) from error
     if not isinstance(pretrained, bool):
         mean, std = load_weights(model, backbone, pretrained)

@@ -7,7 +7,7 @@ colours and mixup are computed on the training device, a micro-batch at a time. 
 nothing else of this project: copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
-download; the drawn eggs; several processes, messages and mistakes.
+download; several processes, messages and mistakes; the drawn eggs.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class UserError(ValueError):
 # --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
 
 COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contrast, saturation, hue
-POOL_SIZE = 200  # images from which the partners of mixup come
+PARTNER_POOL = 200  # images from which the partners of mixup come
 
 
 class DistillationLoader:
@@ -49,8 +49,9 @@ class DistillationLoader:
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views per image
     mixup       mix each view with one of another image, weighted by Beta(0.2, 0.2). This partner
-                is one of the 200 images decoded last in this epoch, put through the same draw: the
-                crop from the same random numbers, the same flip and colours
+                is another of the 200 images that this process decoded last in this epoch (the image
+                itself if it is alone). The same random numbers choose its crop (the same box if
+                both images have one shape); its flip and colours are the same
     min_scale   smallest crop, as a share of the image's area
     epoch_size  maximum number of images per epoch; others are drawn for each epoch
 
@@ -82,22 +83,22 @@ class DistillationLoader:
         self.sampler = EpochSampler(len(dataset), epoch_size, seed)
         batches = BatchSampler(self.sampler, batch_size, drop_last=False)
         max_pixels = most_pixels_needed(max(student_size, teacher_size), min_scale)
-        self.decoded = decoding_loader(dataset, batches, max_pixels, workers, device)
+        self.batches = decoding_loader(dataset, batches, max_pixels, workers, device)
 
     def set_epoch(self, epoch):
         self.sampler.set_epoch(epoch)
 
     def __len__(self):
-        return len(self.decoded)
+        return len(self.batches)
 
     def __iter__(self):
         # 1 + rank, because default_rng((a, b, 0)) is the same stream as default_rng((a, b)), which
         # the sampler uses.
         rng = np.random.default_rng((self.sampler.seed, self.sampler.epoch, 1 + process_rank()))
         pool = []  # for mixup; the first batches of an epoch have fewer partners
-        for packed in self.decoded:
+        for packed in self.batches:  # whole images of any shapes, see pack_images
             images = to_images(packed, self.device)
-            pool = (pool + images)[-POOL_SIZE:]
+            pool = (pool + images)[-PARTNER_POOL:]
             draws = sample_views(images, pool, self.views, self.min_scale, self.mixup, rng)
             small = render_views(images, draws, self.student_size)
             large = render_views(images, draws, self.teacher_size)
@@ -122,9 +123,8 @@ class Draws(NamedTuple):
 def sample_views(images, pool, views, min_scale, mixup, rng):
     """Draw `views` views of each of B images (3, H, W).
 
-    A view's partner for mixup is any other image of the pool (the image itself if it is alone). The
-    partner's crop comes from the same random numbers, in the partner's own frame; its flip and
-    colours are the same. rng: a numpy Generator.
+    A view's partner for mixup is any other image of the pool, see `DistillationLoader`. rng: a
+    numpy Generator.
     """
     count = len(images) * views
     attempts = rng.random((len(images), views, 10, 4)).tolist()  # ten per box, see crop_box
@@ -800,81 +800,6 @@ def download(name, root):
         say(f"{len(load_dataset(name, root, split))} {split} images, all there")
 
 
-# -------------------------------------------------------- the built-in data set: drawn eggs
-
-
-def draw_eggs(split):
-    """Drawn eggs of 80 px: 120 classes of 8 images for "train", 60 others of 16 for "test".
-
-    A class has its own directions and widths of the stripes on shell, white and yolk; at 32 px they
-    are about the narrowest that pixels can show. Colours are shared by many classes. Position,
-    size, light and background vary between images.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    classes = torch.arange(180)
-    angles = np.pi * (classes[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
-    periods = uniform(0.12, 0.15, 180, 3)  # of the stripes; the image is 2 wide
-    palettes = uniform(0.05, 0.95, 6, 2, 3)  # six, of a dark and a light colour each
-    if split == "train":
-        labels = classes[:120].repeat_interleave(8)
-    else:
-        labels = classes[120:].repeat_interleave(16)
-    generator.manual_seed(121 if split == "test" else 1)
-    images = torch.cat(
-        [
-            draw_striped_eggs(angles[batch], periods[batch], palettes[batch % 6], uniform)
-            for batch in labels.split(60)
-        ]
-    )
-    return ImageDataset(images=images.numpy(), labels=labels.tolist())
-
-
-def draw_striped_eggs(angles, periods, palettes, uniform):
-    """n eggs, uint8 (n, 80, 80, 3), with stripes (n, 3) on shell, white and yolk.
-
-    palettes (n, 2, 3): a dark and a light colour each.
-    """
-    n, side = len(angles), 80
-
-    def one_each(low, high):
-        return uniform(low, high, n, 1, 1)
-
-    def noise(cells):
-        return F.interpolate(uniform(0, 1, n, 3, cells, cells), size=(side, side), mode="bicubic")
-
-    # x and y of each pixel in the egg's own frame: (n, side, side) each.
-    axis = 2 * (torch.arange(side) + 0.5) / side - 1
-    x, y = axis - one_each(-0.12, 0.12), axis[:, None] - one_each(-0.12, 0.12)
-    tilt, scale = one_each(-0.015, 0.015), one_each(0.95, 1.05)
-    mirror = torch.where(one_each(0, 1) < 0.5, -1.0, 1.0)
-    x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
-    x, y = mirror * x / scale, y / scale
-    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # 1 on the outline
-
-    stripes = torch.zeros_like(radius)
-    for part, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each on the one before
-        angle, period = angles[:, part, None, None], periods[:, part, None, None]
-        phase = (x * angle.cos() + y * angle.sin()) / period + one_each(0, 1)
-        wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
-        stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
-    stripes = 0.5 + (stripes - 0.5) * one_each(1.5, 1.8)  # bold
-
-    radius, stripes = radius[:, None], stripes[:, None]  # for the 3 channels
-    colours = (palettes + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)
-    dark, light = colours[..., None, None].unbind(1)
-    egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, stripes)
-    egg = egg * (1.08 - 0.3 * radius.square()).clamp(min=0.2)  # shaded towards the edge
-    ground = (noise(5) + noise(11) + noise(40)) / 3
-    ground = 0.15 + 0.7 * torch.lerp(ground, ground.mean(1, keepdim=True), 0.4)
-    scene = torch.lerp(ground, egg, ((1 - radius) * 40).sigmoid())
-    scene = scene * uniform(0.75, 1.2, n, 1, 1, 1) + 0.03 * (uniform(0, 1, n, 3, side, side) - 0.5)
-    return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
-
-
 # ------------------------------------- several processes, messages and mistakes
 #
 # Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
@@ -956,11 +881,89 @@ def run_program(main, *mistakes):
             distributed.destroy_process_group()
 
 
+# -------------------------------------------------------- the built-in data set: drawn eggs
+
+
+def draw_eggs(split):
+    """Drawn eggs of 80 px: 120 classes of 8 images for "train", 60 others of 16 for "test".
+
+    A class has its own directions and widths of the stripes on shell, white and yolk; at 32 px they
+    are about the narrowest that pixels can show. Colours are shared by many classes. Position,
+    size, light and background vary between images.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    classes = torch.arange(180)
+    angles = np.pi * (classes[:, None] * torch.tensor([0.8192, 0.6710, 0.5497]) % 1)  # well spread
+    periods = uniform(0.12, 0.15, 180, 3)  # of the stripes; the image is 2 wide
+    palettes = uniform(0.05, 0.95, 6, 2, 3)  # six, of a dark and a light colour each
+    if split == "train":
+        labels = classes[:120].repeat_interleave(8)
+    else:
+        labels = classes[120:].repeat_interleave(16)
+    generator.manual_seed(121 if split == "test" else 1)
+    images = torch.cat(
+        [
+            draw_striped_eggs(angles[batch], periods[batch], palettes[batch % 6], uniform)
+            for batch in labels.split(60)
+        ]
+    )
+    return ImageDataset(images=images.numpy(), labels=labels.tolist())
+
+
+def draw_striped_eggs(angles, periods, palettes, uniform):
+    """n eggs, uint8 (n, 80, 80, 3), with stripes (n, 3) on shell, white and yolk.
+
+    palettes (n, 2, 3): a dark and a light colour each.
+    """
+    n, side = len(angles), 80
+
+    def one_each(low, high):
+        return uniform(low, high, n, 1, 1)
+
+    def noise(cells):
+        return F.interpolate(uniform(0, 1, n, 3, cells, cells), size=(side, side), mode="bicubic")
+
+    # x and y of each pixel in the egg's own frame: (n, side, side) each.
+    axis = 2 * (torch.arange(side) + 0.5) / side - 1
+    x, y = axis - one_each(-0.12, 0.12), axis[:, None] - one_each(-0.12, 0.12)
+    tilt, scale = one_each(-0.015, 0.015), one_each(0.95, 1.05)
+    mirror = torch.where(one_each(0, 1) < 0.5, -1.0, 1.0)
+    x, y = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
+    x, y = mirror * x / scale, y / scale
+    radius = ((x / 0.72).square() + (y / 0.88).square()).sqrt()  # 1 on the outline
+
+    stripes = torch.zeros_like(radius)
+    for part, edge in enumerate((1.0, 0.72, 0.42)):  # shell, white, yolk: each on the one before
+        angle, period = angles[:, part, None, None], periods[:, part, None, None]
+        phase = (x * angle.cos() + y * angle.sin()) / period + one_each(0, 1)
+        wave = torch.tanh(2.5 * (2 * np.pi * phase).sin()) / 2 + 0.5
+        stripes = torch.lerp(stripes, wave, ((edge - radius) * 40).sigmoid())
+    stripes = 0.5 + (stripes - 0.5) * one_each(1.5, 1.8)  # bold
+
+    radius, stripes = radius[:, None], stripes[:, None]  # for the 3 channels
+    colours = (palettes + uniform(-0.15, 0.15, n, 2, 3)).clamp(0, 1)
+    dark, light = colours[..., None, None].unbind(1)
+    egg = torch.lerp(0.45 * dark, 0.45 + 0.55 * light, stripes)
+    egg = egg * (1.08 - 0.3 * radius.square()).clamp(min=0.2)  # shaded towards the edge
+    ground = (noise(5) + noise(11) + noise(40)) / 3
+    ground = 0.15 + 0.7 * torch.lerp(ground, ground.mean(1, keepdim=True), 0.4)
+    scene = torch.lerp(ground, egg, ((1 - radius) * 40).sigmoid())
+    scene = scene * uniform(0.75, 1.2, n, 1, 1, 1) + 0.03 * (uniform(0, 1, n, 3, side, side) - 0.5)
+    return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
 # ----------------------------------------------------------------------------- the program
 
 
 def main():
-    parser = argparse.ArgumentParser(description=download.__doc__)
+    parser = argparse.ArgumentParser(
+        description=download.__doc__,
+        epilog="cars is no longer offered for download: its name says what a copy needs.",
+    )
     parser.add_argument("name", choices=("cub", "cars", "sop"))
     parser.add_argument("--root", required=True, help="folder to put it in")
     options = parser.parse_args()

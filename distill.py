@@ -130,8 +130,8 @@ def distill_one_epoch(teacher, student, loader, run, options):
             s = student(small)  # (B, A, D)
         loss = distillation_loss(s, t, options.lambda_ts, options.lambda_ss)
         loss.backward()
-        run.loss += loss.detach()
-        if i % run.accumulate == 0 or i == len(loader):
+        run.add(loss)
+        if i % run.accumulate == 0 or i == len(loader):  # the last step may have fewer images
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
@@ -202,7 +202,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
                 s = student(images)  # (B, D)
             loss = absolute_term(s[:, None], targets[rows][:, None])  # A = 1
             loss.backward()
-            run.loss += loss.detach()
+            run.add(loss)
             if i % run.accumulate == 0 or i == len(batches):
                 run.step()
         run.end_epoch()
@@ -275,7 +275,8 @@ def finish(teacher, student, training, test, options, supervised=()):
 # --------------------------------------------------------------------------- options, the program
 #
 # An option is None until it is settled. In this order: the command line; the teacher's checkpoint
-# (`options_of_teacher`); the recipe of the data set (`train.fill_in_defaults`).
+# (`options_of_teacher`); the recipe of the data set (`train.fill_in_defaults`). `train.run_folder`
+# then names --out, and `train.load_images` settles --classes.
 
 
 def parse_options(argv=None):
@@ -283,11 +284,11 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=train.describe_recipes(RECIPES)
-        + "\nA --teacher's size, network and --dim come before these; --unlabelled alone has "
-        "--dim 0."
+        + "\nA --teacher's size, network and --dim replace these; --unlabelled alone has --dim 0."
         "\nIn the miniature --epochs, --batch-size, --lr and --min-scale are the student's.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -350,7 +351,8 @@ def complete_options(options, teacher=None, trained=None):
     if name is None and teacher is not None:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     options.dataset, options.root = settle_dataset(name or "synthetic", options.root)
-    if options.dataset not in RECIPES and has_images_directly(options.dataset):
+    folder = options.dataset not in RECIPES
+    if folder and not options.unlabelled and has_images_directly(options.dataset):
         say(f"{options.dataset} has images directly in it: it is taken without labels")
         options.unlabelled = True
 
@@ -364,10 +366,11 @@ def options_of_teacher(options, teacher, trained):
     """The options that a student takes from its teacher."""
     taken = {}
     if teacher is not None:
-        same_arch = options.arch in (None, teacher.arch)
-        # The same backbone has a whitening layer if the teacher has one; another needs it to fit.
-        dim = teacher.whitening if same_arch else teacher.dim
-        taken |= {"arch": teacher.arch, "dim": dim, "teacher_size": teacher.size}
+        taken |= {"arch": teacher.arch, "teacher_size": teacher.size}
+        if options.arch in (None, teacher.arch):
+            taken["dim"] = teacher.whitening  # the same layers: 0 where the teacher has none
+        else:
+            taken["dim"] = teacher.dim  # another backbone needs a layer to have as many
     elif options.unlabelled:
         taken["dim"] = 0  # as the plain ImageNet network that will be the teacher
     if options.dataset == trained.get("dataset"):
@@ -377,6 +380,8 @@ def options_of_teacher(options, teacher, trained):
 
 def check_options(options, teacher, trained):
     """Raise UserError if options contradict each other or the teacher's training."""
+    if options.student_size > options.teacher_size:
+        say("note: the student's images are larger than the teacher's")
     if options.unlabelled and options.dataset in RECIPES:
         raise UserError("--unlabelled needs a folder of images as --dataset")
     if teacher is None and options.dataset != "synthetic" and not options.unlabelled:
@@ -396,7 +401,9 @@ def imagenet_teacher(options):
     """
     if options.dim:
         raise UserError("--dim needs a --teacher: a plain ImageNet network has no whitening layer")
-    weights = "imagenet" if options.weights == "teacher" else options.weights
+    weights = options.weights
+    if weights == "teacher":  # about the student, which then copies this network
+        weights = "imagenet"
     if weights == "random":
         say("note: --weights random: the teacher is untrained")
     return train.new_network(options, "gem", options.teacher_size, weights).eval()
@@ -414,16 +421,19 @@ def keep_teacher(teacher, options):
 
 def main():
     options = parse_options()
+    find_device(options.device)  # an impossible --device ends the program before it reads files
     teacher, trained = load_teacher(options)
     complete_options(options, teacher, trained)
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
     training, test = train.load_images(options)
+    student = None
     if teacher is None:
         teacher = imagenet_teacher(options)
+        student = new_student(teacher, options)  # or its mistake, before a file is written
         keep_teacher(teacher, options)
     learn = regress if options.regression else distill
-    student = learn(teacher, training, options)
+    student = learn(teacher, training, options, student)
     finish(teacher, student, training, test, options)
 
 

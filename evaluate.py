@@ -7,6 +7,9 @@
 The first prints a table, the second embeds a folder into an index, the third searches it.
 """
 
+# This file also holds what train.py and distill.py share with it: device, precision, the progress
+# line and helpers for argparse.
+
 import argparse
 import json
 import math
@@ -148,8 +151,9 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     """
     by_label = database_labels.argsort()  # rows of the database, class after class
     sorted_labels = database_labels[by_label]
-    first = torch.searchsorted(sorted_labels, query_labels)  # (Q,) where a query's class begins
-    class_size = torch.searchsorted(sorted_labels, query_labels, right=True) - first  # (Q,)
+    # Where a query's class begins, and how many images it has: (Q,) each.
+    class_begin = torch.searchsorted(sorted_labels, query_labels)
+    class_size = torch.searchsorted(sorted_labels, query_labels, right=True) - class_begin
     n = class_size - int(same_images)
     by_count = n.argsort()
     by_count = by_count[n[by_count] > 0]
@@ -162,34 +166,34 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     buffers = database.new_empty(2, at_once, len(database))
     for batch in by_count.split(at_once):  # q queries
         # 1. All scores. The query's own image is no result: -inf.
-        scores, at_least = buffers[:, : len(batch)]  # (q, N) each
+        scores, at_least = buffers[0, : len(batch)], buffers[1, : len(batch)]  # (q, N) each
         torch.mm(queries[batch].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
             scores.scatter_(1, batch[:, None], -torch.inf)
         # 2. The scores of the query's class, sorted. Its own image and padding are -inf, so they
         #    come last, after the n correct images.
-        rows, padding = rows_of_classes(by_label, first[batch], class_size[batch])  # (q, m) each
+        rows, padding = rows_of_classes(by_label, class_begin[batch], class_size[batch])
         correct_scores = scores.gather(1, rows).masked_fill(padding, -torch.inf)
         correct_scores = correct_scores.sort(descending=True).values[:, : int(n[batch].max())]
         # 3. Without this class only wrong images are left: count those that score at least as high.
         scores.scatter_(1, rows, -torch.inf)
         wrong_above = []
-        for score in correct_scores.T:  # (q,)
+        for score in correct_scores.T:  # (q,); what is counted for padding is not read
             torch.ge(scores, score[:, None], out=at_least)
             wrong_above.append(at_least.sum(1))
         correct_above = torch.arange(len(wrong_above), device=n.device)  # above image j: j of them
         yield torch.stack(wrong_above, 1).long() + correct_above, n[batch]
 
 
-def rows_of_classes(by_label, first, size):
+def rows_of_classes(by_label, begin, size):
     """The database rows of q queries' classes, and which of them are padding: (q, m) each.
 
-    by_label: the rows of the database, class after class; those of a query's class start at `first`
+    by_label: the rows of the database, class after class; those of a query's class start at `begin`
     (q,) and are `size` (q,) many. m is the largest size; smaller classes repeat their last row.
     """
     j = torch.arange(int(size.max()), device=size.device)
     last = size[:, None] - 1
-    return by_label[first[:, None] + torch.minimum(j, last)], j > last
+    return by_label[begin[:, None] + torch.minimum(j, last)], j > last
 
 
 @torch.no_grad()
@@ -264,6 +268,9 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
         progress.advance(1 / len(batches))
     add_over_processes([embeddings])  # the rows of others are 0 here
     return embeddings
+
+
+# --------------------------------------------------------------- device, precision and progress
 
 
 def find_device(name=None):
@@ -706,6 +713,7 @@ def parse_options(argv=None):
         epilog="Defaults are in parentheses.",
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -787,6 +795,10 @@ def main():
     find_device(options.device)  # an impossible --device ends the program before it reads files
     if options.figure and not options.figure.lower().endswith((".png", ".jpg", ".jpeg")):
         raise UserError(f"--figure {options.figure}: a name that ends in .png or .jpg is needed")
+    for option in ("figure", "json", "index"):
+        path = getattr(options, option)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"--{option} {path}: there is no such folder")
     if options.query:
         refuse_unread(options, "--query")
         command_search(options)

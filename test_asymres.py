@@ -128,6 +128,9 @@ def test_the_distillation_loss_by_hand():
     two_images = asymres.distillation_loss(torch.cat([s, t]), torch.cat([t, t]), 3, 5)
     assert two_images == 4, "a sum over images, and nothing crosses them"
     assert asymres.distillation_loss(s[:, :1], t[:, :1], 3, 5) == 1, "one view has no relations"
+    for other in (t[0], t[:, :1], torch.cat([t, t])):
+        with pytest.raises(ValueError, match="twice is needed"):
+            asymres.distillation_loss(s, other, 3, 5)
 
 
 def test_the_triplet_loss_by_hand():
@@ -433,6 +436,8 @@ def test_the_embedding_is_pooled_whitened_and_of_unit_length():
             assert_close(net(views), -embeddings)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\) are needed, not \(3, 32, 32\)"):
         net(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="torch.uint8"):
+        small_net()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("arch", ["densenet121", "mobilenet_v3_small", "mnasnet0_5"])
@@ -1284,6 +1289,9 @@ class Steps:
 
     micro_batch, accumulate, steps, loss, device = 4, 2, 0, 0.0, torch.device("cpu")
 
+    def add(self, loss):
+        self.loss += loss.detach()
+
     def step(self):
         self.steps += 1
 
@@ -1374,7 +1382,7 @@ def test_the_papers_settings():
         same |= dict(dim=512, epochs=200, batch_size=200, views=8)
         assert same.items() <= recipe.items()
         assert train.RECIPES[name]["size"] == 448 and train.RECIPES[name]["epochs"] == 200
-    assert (train.MARGIN, train.NEGATIVES, train.POOL) == (0.7, 4, 20_000)
+    assert (train.MARGIN, train.NEGATIVES, train.NEGATIVE_POOL) == (0.7, 4, 20_000)
 
 
 def test_a_run_takes_the_steps_that_its_schedule_plans(folder, tmp_path, monkeypatch):
@@ -1791,6 +1799,13 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --dataset PHOTOS --validation --teacher TEACHER", "validation needs classes"),
         ("distill.py --dataset PHOTOS", "--dim needs a --teacher"),
         ("distill.py --dataset PHOTOS --dim 0 --weights teacher", "has no ImageNet weights"),
+        ("distill.py --dataset PHOTOS --dim 0 --device cuda", "finds cpu"),
+        (
+            "distill.py --dataset PHOTOS --dim 0 --arch squeezenet1_1 --teacher-size 64 "
+            "--student-size 8",
+            "8 px is too small",
+        ),
+        ("distill.py --student 32", "--student"),
         ("evaluate.py", "--teacher is needed"),
         ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "sop-448r-resnet50-512-gem-w.pth"),
         ("evaluate.py --teacher SIZE-32", "--dataset is needed"),
@@ -1802,6 +1817,8 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("evaluate.py --teacher TEACHER --student SIZE-32", "dimensions"),
         ("evaluate.py --teacher TEACHER --json /no/t.json", "/no/t.json"),
         ("evaluate.py --teacher TEACHER --database FOLDER", "--index"),
+        ("evaluate.py --teacher TEACHER --database FOLDER --index no/i.pt", "no such folder"),
+        ("evaluate.py --teacher TEACHER --student TEACHER --figure no/f.png", "no such folder"),
         (
             "evaluate.py --teacher TEACHER --index i.pt",
             "--index is read by --query and --database, not by the table",
@@ -1860,7 +1877,11 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     process = fork(mistake)
     process.join()
     said = capfd.readouterr().err
-    assert process.exitcode == 2 and said.startswith("error: there is no file nowhere.pt") and said.count("\n") == 1
+    assert (
+        process.exitcode == 2
+        and said.startswith("error: there is no file nowhere.pt")
+        and said.count("\n") == 1
+    )
 
 
 def test_names_that_the_terminal_cannot_show(monkeypatch):
@@ -2069,7 +2090,7 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     short = {"epochs": 1, "views": 2, "batch_size": 8, "size": 32, "workers": 0}
     for module in (train, distill):
         monkeypatch.setitem(module.RECIPES, "folder", module.RECIPES["folder"] | short)
-    code = (HERE / "README.md").read_text().split("can be used from Python:")[1].split("\n\n")[1]
+    code = (HERE / "README.md").read_text().split("**Another backbone.**")[1].split("\n\n")[1]
     code = code.replace("--student-size 224", "--student-size 16")
     names = {"make_module": lambda: nn.Conv2d(3, 4, 3, stride=4)}
     exec("\n".join(line.strip() for line in code.splitlines()), names)

@@ -7,7 +7,7 @@ The first makes the network that distill.py needs as --teacher.
 """
 
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
-# and the log.
+# and the log. What evaluate.py shares with them is there: device, precision, the progress line.
 
 import argparse
 import json
@@ -54,7 +54,7 @@ from evaluate import (
 # All of these are as in the authors' code.
 GROUP = 4  # anchors of one class that stay together: for each, the other three are its positives
 NEGATIVES = 4  # per anchor
-POOL = 20_000  # images from which an epoch's negatives are drawn
+NEGATIVE_POOL = 20_000  # images from which an epoch's negatives are drawn
 MARGIN = 0.7  # of the triplet loss
 WEIGHT_DECAY = 1e-6  # of AdamW; none for GeM's p
 DIV_FACTOR = 10  # of the one-cycle schedule: the learning rate starts at lr / 10
@@ -135,8 +135,8 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         positives = others_of_group(anchors)  # (b, 3, D)
         loss = triplet_loss(anchors, positives, negatives, MARGIN)
         loss.backward()
-        run.loss += loss.detach()
-        if i % run.accumulate == 0 or i == len(batches):
+        run.add(loss)
+        if i % run.accumulate == 0 or i == len(batches):  # the last step may have fewer images
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
@@ -183,7 +183,7 @@ def mine(net, dataset, classes, epoch, options):
     """
     rng = np.random.default_rng((options.seed, epoch))
     anchors = draw_groups(classes, options.epoch_size, rng).flatten()
-    pool = rng.permutation(np.concatenate(classes))[:POOL]
+    pool = rng.permutation(np.concatenate(classes))[:NEGATIVE_POOL]
 
     device = find_device(options.device)
     labels = torch.tensor(dataset.labels, device=device)
@@ -229,7 +229,7 @@ class Run:
     teacher_fingerprint   of a student's teacher
     progress              a Progress that is shared with other runs
 
-    The loop adds the loss of each micro-batch to `loss` and calls `step()` after `accumulate` of
+    The loop calls `add()` with the loss of each micro-batch, and `step()` after `accumulate` of
     them. `end_epoch()` writes the checkpoint from which `resume()` continues.
 
     Losses are sums over images, and so are their gradients: with the same views and frozen batch
@@ -281,6 +281,10 @@ class Run:
         self.steps_taken = 0
         torch.manual_seed(self.options.seed + len(self.log))  # for dropout, also after a resume
         self.began = time.time()
+
+    def add(self, loss):
+        """Add a micro-batch's loss to that of the epoch, for the log."""
+        self.loss += loss.detach()
 
     def step(self):
         """One step of the optimizer and its schedule, with gradients summed over processes."""
@@ -545,6 +549,7 @@ def parse_options(argv=None):
         epilog=describe_recipes(RECIPES),
         formatter_class=HELP_FORMAT,
         usage="%(prog)s [options]",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="cub, cars, sop, synthetic or a folder (synthetic)")
@@ -589,6 +594,7 @@ def run_folder(options, sizes):
 
 def main():
     options = parse_options()
+    find_device(options.device)  # an impossible --device ends the program before it reads files
     training, test = load_images(options)
     net = train(training, options)
     compare(net, [], test, device=options.device, workers=options.workers)
