@@ -112,8 +112,9 @@ class EmbeddingNet(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         scale = torch.tensor(STD) / torch.tensor(self.std)
         shift = (torch.tensor(MEAN) - torch.tensor(self.mean)) / torch.tensor(self.std)
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        device = next(self.parameters(), scale).device
+        self.register_buffer("scale", scale[:, None, None].to(device), persistent=False)
+        self.register_buffer("shift", shift[:, None, None].to(device), persistent=False)
 
     def train(self, mode=True):
         """As nn.Module's, but the batch-norm layers of a pretrained network stay in eval mode."""

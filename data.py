@@ -51,7 +51,8 @@ class DistillationLoader:
     mixup       mix each view with one of another image, weighted by Beta(0.2, 0.2). This partner
                 is another of the 200 images that this process decoded last in this epoch (the image
                 itself if it is alone). The same random numbers choose its crop (the same box if
-                both images have one shape); its flip and colours are the same
+                both images have one shape); its flip and colours are the same. Half of the views
+                are then mostly their partner, for both networks
     min_scale   smallest crop, as a share of the image's area
     epoch_size  maximum number of images per epoch; others are drawn for each epoch
 
@@ -587,7 +588,7 @@ def load_class_folders(folder, split, training_classes=None):
 def load_published(name, root, split):
     """CUB200, Cars196 or SOP by its published lists. Raises UserError unless it is complete."""
     archive = Path(DOWNLOADS[name][0]).stem if name in DOWNLOADS else ""  # also its top folder
-    if os.path.isdir(os.path.join(root, archive)):
+    if archive and os.path.isdir(os.path.join(root, archive)):
         root = os.path.join(root, archive)
     read_lines = {"cub": read_cub, "sop": read_sop, "cars": read_cars}[name]
     try:
@@ -627,6 +628,8 @@ def read_sop(root):
 def read_cars(root):
     """(path, class) of each image, by cars_annos.mat or by the csv files of a common copy."""
     if not (root / "anno_train.csv").exists():
+        if not (root / "cars_annos.mat").exists():
+            raise FileNotFoundError("cars_annos.mat")
         from scipy.io import loadmat  # optional
 
         table = loadmat(root / "cars_annos.mat", squeeze_me=True)["annotations"]

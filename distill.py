@@ -22,6 +22,7 @@ from asymres import (
     distillation_loss,
     fingerprint,
     load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from data import (
@@ -152,7 +153,8 @@ def start_run(teacher, dataset, options, student=None, progress=None):
             f"the student has {student.dim} dimensions and the teacher {teacher.dim}: give --dim "
             f"{teacher.dim}"
         )
-    count = len(EpochSampler(len(dataset), options.epoch_size))  # images per epoch and process
+    # Images per epoch in this process. (The loader, which could tell, needs run.micro_batch.)
+    count = len(EpochSampler(len(dataset), options.epoch_size))
     run = train.Run(
         student,
         options,
@@ -410,8 +412,13 @@ def imagenet_teacher(options):
 
 
 def keep_teacher(teacher, options):
-    """Save an ImageNet teacher beside the student, for evaluate.py. Never replace another one."""
-    path = Path(options.out, "teacher.pt")
+    """Save an ImageNet teacher beside the student, for evaluate.py, unless --out holds another run.
+
+    Raises UserError if it does.
+    """
+    run, path = Path(options.out, "model.pt"), Path(options.out, "teacher.pt")
+    if run.exists():
+        train.refuse_other_run(read_checkpoint(run), options, fingerprint(teacher))
     if path.exists() and fingerprint(load_checkpoint(path)) != fingerprint(teacher):
         raise UserError(f"{path} is another teacher: give another --out")
     if process_rank() == 0:

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import timeit
@@ -291,7 +292,7 @@ def autocast(device, precision):
     """The context manager of a forward pass in one of these precisions."""
     use = precision == "bfloat16"
     if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
 
 
@@ -360,7 +361,7 @@ def query_cost(net, size, device, precision):
 
     with FlopCounterMode(display=False) as counter:
         query()
-    seconds = sorted(timeit.repeat(query, number=1, repeat=30))[15]
+    seconds = statistics.median(timeit.repeat(query, number=1, repeat=30))
     return counter.get_total_flops() / 1e9, 1e3 * seconds
 
 
@@ -398,8 +399,10 @@ def compare(
     figure       file for a picture of what the first student finds
     device, workers, precision   as for `extract`
 
-    Several networks of one kind are numbered.
+    Several networks of one kind are numbered. Raises ValueError if one has no size.
     """
+    if not all(net.size for net in (teacher, *students, *supervised)):
+        raise ValueError("every network needs its `size` in px")
     device = find_device(device)
     labels, embedded, costs = dataset.labels, {}, {}
     name = "teacher, symmetric" if students or supervised else "symmetric"
@@ -433,7 +436,7 @@ def compare(
     columns = ["search", "network", "query px", "database px", *(f"R@{k}" for k in ks)]
     columns += ["mAP", "GFLOPs/query", "ms/query"]
     print_table([{name: row[name] for name in columns} for row in rows])
-    if figure and process_rank() == 0:
+    if figure and students and process_rank() == 0:
         small = students[0].size
         captions = {
             "no\ndistillation": embedded[teacher, small],
@@ -514,8 +517,8 @@ def agreement(queries, database, k=10):
 def build_index(teacher, folder, path, device=None, workers=0, precision="float32"):
     """Embed all images below a folder and write the index, a dict of plain values and tensors.
 
-    It has embeddings (N, D), N paths relative to the folder, the folder, and the teacher's
-    fingerprint, network. Images that cannot be read are named, counted and left out.
+    It has embeddings (N, D), N paths relative to the folder, the folder, the teacher's fingerprint,
+    network, and its size in px. Images that cannot be read are named, counted and left out.
     """
     found = ImageDataset(list_images(folder))
     if not len(found):
@@ -529,6 +532,7 @@ def build_index(teacher, folder, path, device=None, workers=0, precision="float3
         "paths": [os.path.relpath(name, folder) for name in dataset.paths],
         "folder": os.path.abspath(folder),
         "network": fingerprint(teacher),
+        "size": teacher.size,
     }
     if process_rank() == 0:
         save_atomically(path, index)
@@ -542,13 +546,18 @@ def search(student, about, index_path, query_paths, top=5, figure=None, device=N
     about: what the student's checkpoint says of its teacher, see `load_network`.
     """
     content = read_checkpoint(index_path)
-    entries = {"embeddings", "paths", "folder", "network"}
+    entries = {"embeddings", "paths", "folder", "network", "size"}
     if not isinstance(content, dict) or not entries <= set(content):
         raise UserError(
             f"{index_path} is not an index: python evaluate.py --database --index makes one"
         )
     if not taught_by(content["network"], student, about):
         raise UserError(f"{index_path} is of another network than the teacher of this student")
+    taught_at = about.options.get("teacher_size")
+    if content["network"] == about.teacher_fingerprint and content["size"] != taught_at:
+        raise UserError(
+            f"{index_path} is of {content['size']} px, and the student was taught by {taught_at} px"
+        )
     embeddings, paths = content["embeddings"], content["paths"]
     if embeddings.shape[1] != student.dim:
         raise UserError(

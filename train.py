@@ -223,7 +223,8 @@ def share_of_process(rows):
 class Run:
     """What surrounds a training loop: optimizer and schedule, resuming, the log and checkpoints.
 
-    options               only out, seed, device, epochs, batch_size, micro_batch and lr matter here
+    options               all are recorded, and compared when a run is resumed; only out, seed,
+                          device, epochs, batch_size, micro_batch and lr are used here
     count                 images (in train.py anchors) per epoch in this process
     group                 how many of them must stay together in a micro-batch
     teacher_fingerprint   of a student's teacher
@@ -274,6 +275,8 @@ class Run:
         self.first_epoch = len(self.log)
         self.schedule = make_schedule(self.optimizer, self.options, self.steps, self.first_epoch)
         self.progress.skip(self.first_epoch / self.options.epochs)
+        if self.says_epochs:
+            say(f"{self.path}: {self.first_epoch} of {self.options.epochs} epochs are done")
 
     def begin_epoch(self):
         """Start the epoch's loss, clock and random numbers."""
