@@ -141,7 +141,7 @@ class EmbeddingNet(nn.Module):
         return x.unflatten(0, images.shape[:-3])  # (..., D)
 
 
-# ------------------------------------------------- the student's loss: distillation, Sec. 3.3
+# ------------------------------------------------------- the student's loss: distillation, Sec. 3.3
 
 
 def distillation_loss(s, t, lambda_ts, lambda_ss):
@@ -180,7 +180,7 @@ def mean_over_pairs(x):
     return (x.sum((1, 2)) - diagonal.sum(1)) / max(1, views * (views - 1))
 
 
-# ------------------------------------------------------ the teacher's loss: triplets, Sec. 3.2
+# ----------------------------------------------------------- the teacher's loss: triplets, Sec. 3.2
 
 
 def triplet_loss(anchors, positives, negatives, margin=0.7):
@@ -360,7 +360,7 @@ def count_channels(backbone, arch):
     return shape[1]
 
 
-# ----------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 # A file -> read_checkpoint -> a dict -> make_network -> a network; load_checkpoint does both.
 
 

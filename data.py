@@ -7,7 +7,7 @@ colours and mixup are computed on the training device, a micro-batch at a time. 
 nothing else of this project: copy it for `DistillationLoader`.
 
 In this order: the coupled views; decoding in worker processes; data sets; reading an image;
-download; several processes, messages and mistakes; the drawn eggs.
+download; the drawn eggs.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import copy
 import os
 import signal
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +36,29 @@ class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. Programs end with its message."""
 
 
-# --------------------------------------------------- coupled augmentation of the student, Sec. 3.3
+# A program can be several processes, each of which takes its share of an epoch's images: see
+# `start_processes` in evaluate.py.
+
+
+def process_rank():
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def process_count():
+    """How many processes the program has."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def say(*lines):
+    """Print lines, in process 0."""
+    if process_rank() == 0 and lines:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
+        print(*lines, sep="\n", flush=True)
+
+
+# ---------------------------------------------------- coupled augmentation of the student, Sec. 3.3
 
 COLOR_RANGE = ((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1))  # brightness, contrast, saturation, hue
 PARTNER_POOL = 200  # images from which the partners of mixup come
@@ -297,7 +318,7 @@ def adjust_hue(x, shift):
     x.clamp_(0, 1).mul_(chroma).add_(low)
 
 
-# ---------------------------------------------------------- augmentation of the teacher, Sec. 3.2
+# ------------------------------------------------------------ augmentation of the teacher, Sec. 3.2
 
 
 def random_crops(dataset, batches, size, min_scale, workers, device, rng):
@@ -317,7 +338,7 @@ def random_crops(dataset, batches, size, min_scale, workers, device, rng):
         yield normalize(crop_and_resize(images, boxes, flips, size))
 
 
-# ------------------------------------------------------------ decoding, in the worker processes
+# ---------------------------------------------------------------- decoding, in the worker processes
 #
 # A DataLoader's workers decode the images i of a batch: whole ones for training, by `decode`, or
 # evaluation crops. Whole images differ in shape: `pack_images` makes one tensor of a batch in the
@@ -423,7 +444,7 @@ class EpochSampler(Sampler):
         return iter(order[process_rank() :: process_count()].tolist())
 
 
-# ------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 DOWNLOADS = {  # url, md5
     "cub": (
@@ -681,7 +702,7 @@ def find_mistake(dataset, i):
     return ""
 
 
-# -------------------------------------------------------------------------------- reading images
+# ----------------------------------------------------------------------------------- reading images
 
 LANCZOS = Image.Resampling.LANCZOS
 TURNS = {  # for each value of the EXIF tag Orientation
@@ -784,7 +805,7 @@ def normalize(images):
     return images
 
 
-# -------------------------------------------------------------------------------------- download
+# ----------------------------------------------------------------------------------------- download
 
 
 def download(name, root):
@@ -803,88 +824,7 @@ def download(name, root):
         say(f"{len(load_dataset(name, root, split))} {split} images, all there")
 
 
-# ------------------------------------- several processes, messages and mistakes
-#
-# Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
-# are sums over images, so gradients are summed over processes, not averaged.
-
-
-def start_processes():
-    """Join the other processes if torchrun started this one."""
-    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def process_rank():
-    """The number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def process_count():
-    """How many processes the program has."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def add_over_processes(tensors):
-    """Sum tensors of one dtype over all processes, in place and in one message."""
-    if process_count() > 1:
-        message = torch.cat([tensor.flatten() for tensor in tensors])
-        distributed.all_reduce(message)
-        parts = message.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def broadcast(tensor):
-    """The tensor of process 0 in all processes, in place."""
-    if process_count() > 1:
-        distributed.broadcast(tensor, src=0)
-    return tensor
-
-
-def say(*lines):
-    """Print lines, in process 0."""
-    if process_rank() == 0 and lines:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)  # the line of progress
-        print(*lines, sep="\n", flush=True)
-
-
-def end(code, sentence):
-    """End the program with a sentence on stderr."""
-    print(sentence, file=sys.stderr)
-    sys.exit(code)
-
-
-def run_program(main, *mistakes):
-    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
-
-    This is UserError, OSError, a lack of GPU memory and the exceptions in `mistakes`. Any other one
-    shows its traceback.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # where float32 is asked for, float32 is used
-    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    try:
-        start_processes()
-        main()
-    except torch.OutOfMemoryError:
-        end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
-    except (UserError, OSError, *mistakes) as error:
-        # A worker's arrives as "Caught UserError in ... Traceback ... data.UserError: SENTENCE".
-        end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
-    except KeyboardInterrupt:
-        end(130, "\nstopped; a training continues after its last whole epoch by the same command")
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-# -------------------------------------------------------- the built-in data set: drawn eggs
+# ---------------------------------------------------------------- the built-in data set: drawn eggs
 
 
 def draw_eggs(split):
@@ -959,7 +899,7 @@ def draw_striped_eggs(angles, periods, palettes, uniform):
     return (scene.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-# ----------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def main():
@@ -970,8 +910,11 @@ def main():
     parser.add_argument("name", choices=("cub", "cars", "sop"))
     parser.add_argument("--root", required=True, help="folder to put it in")
     options = parser.parse_args()
-    download(options.name, options.root)
+    try:
+        download(options.name, options.root)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    main()

@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler
 
 import train
 from asymres import (
-    NetworkError,
     absolute_term,
     distillation_loss,
     fingerprint,
@@ -33,7 +32,6 @@ from data import (
     has_images_directly,
     normalize,
     process_rank,
-    run_program,
     say,
     settle_dataset,
 )
@@ -47,6 +45,7 @@ from evaluate import (
     find_device,
     load_network,
     number,
+    run_program,
 )
 
 # The defaults that depend on the data set; "folder" is any other one. Those for CUB, Cars and SOP
@@ -87,7 +86,7 @@ EGGS = dict(
 FOLDER = CUB | dict(epochs=5, batch_size=16, lr=3e-4)
 RECIPES = {"cub": CUB, "cars": CARS, "sop": SOP, "folder": FOLDER, "synthetic": EGGS}
 
-# --------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
 def distill(teacher, dataset, options, student=None, progress=None):
@@ -175,7 +174,7 @@ def new_student(teacher, options):
     return copy.deepcopy(teacher).requires_grad_(True)
 
 
-# ------------------------------------------------- an ablation: regression without augmentation
+# ----------------------------------------------------- an ablation: regression without augmentation
 
 
 def regress(teacher, dataset, options, student=None, progress=None):
@@ -211,7 +210,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
     return student.eval()
 
 
-# ------------------------------------------------------------------------- the paper in miniature
+# --------------------------------------------------------------------------- the paper in miniature
 
 
 def miniature(options):
@@ -274,7 +273,7 @@ def finish(teacher, student, training, test, options, supervised=()):
     say(f"student: {options.out}/model.pt    picture: {figure}")
 
 
-# --------------------------------------------------------------------------- options, the program
+# ----------------------------------------------------------------------------- options, the program
 #
 # An option is None until it is settled. In this order: the command line; the teacher's checkpoint
 # (`options_of_teacher`); the recipe of the data set (`train.fill_in_defaults`). `train.run_folder`
@@ -445,4 +444,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, NetworkError)
+    run_program(main)

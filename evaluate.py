@@ -7,8 +7,8 @@
 The first prints a table, the second embeds a folder into an index, the third searches it.
 """
 
-# This file also holds what train.py and distill.py share with it: device, precision, the progress
-# line and helpers for argparse.
+# In this order: metrics and nearest neighbours; embedding; the table; index and search; pictures;
+# and what train.py and distill.py share with this program: device, processes, progress, mistakes.
 
 import argparse
 import json
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import timeit
+import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import distributed
 from torch.utils.flop_counter import FlopCounterMode
 
 from asymres import (
@@ -37,7 +39,6 @@ from asymres import (
 from data import (
     ImageDataset,
     UserError,
-    add_over_processes,
     evaluation_crop,
     evaluation_loader,
     keep_readable,
@@ -47,12 +48,11 @@ from data import (
     process_count,
     process_rank,
     read_image,
-    run_program,
     say,
     settle_dataset,
 )
 
-# --------------------------------------------------------------------------------- the evaluator
+# ------------------------------------------------------------------------------------ the evaluator
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def as_labels(labels, embeddings):
     return labels.long()
 
 
-# ------------------------------------------------------------------------------------- embedding
+# ---------------------------------------------------------------------------------------- embedding
 
 
 @torch.no_grad()
@@ -271,83 +271,7 @@ def extract(net, dataset, size, device=None, batch_size=32, workers=0, precision
     return embeddings
 
 
-# --------------------------------------------------------------- device, precision and progress
-
-
-def find_device(name=None):
-    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
-    if not name and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name, gpus = str(name or "cpu"), torch.cuda.device_count()
-    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
-    if name not in there:
-        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
-    return torch.device(name)
-
-
-PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
-
-
-def autocast(device, precision):
-    """The context manager of a forward pass in one of these precisions."""
-    use = precision == "bfloat16"
-    if precision == "auto":
-        use = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
-
-
-class Progress:
-    """A line on the terminal: what is running, how much of it is done, and the time left."""
-
-    def __init__(self, title, announce=False):
-        self.title, self.announce = title, announce
-        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
-        self.began = self.shown = time.time()
-
-    def stage(self, title, share):
-        """Begin a stage that is a share of the whole."""
-        self.title, self.share = title, share
-
-    def skip(self, part):
-        """A part of the stage was done earlier and says nothing about the speed."""
-        self.skipped += self.share * part
-        self.done += self.share * part
-
-    def advance(self, part, note=None):
-        """A part of the stage is done. Without a terminal, print a line every half minute.
-
-        note: a function whose text is added, called only when the line is shown
-        """
-        self.done += self.share * part
-        if process_rank() > 0:
-            return
-        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
-        elapsed = now - self.began
-        left = elapsed / (self.done - self.skipped) * (1 - self.done)
-        if self.announce and self.done > 0.03:
-            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
-            self.announce = False
-        if now - self.shown < (0.2 if terminal else 30) and not last:
-            return
-        self.shown = now
-        more = note() if note else ""
-        whole = " of all" if self.share < 1 else ""
-        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
-        if last:  # what took no time needs no line
-            title = "all" if self.share < 1 else self.title
-            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
-        if terminal:
-            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
-        elif line:
-            print(line, file=sys.stderr, flush=True)
-
-
-def format_time(seconds):
-    """Minutes and seconds, 12:34."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-# -------------------------------------------------------- accuracy against the cost of a query
+# ------------------------------------------------------------- accuracy against the cost of a query
 
 
 def query_cost(net, size, device, precision):
@@ -511,7 +435,7 @@ def agreement(queries, database, k=10):
     }
 
 
-# ------------------------------------------------------------------------------ index and search
+# --------------------------------------------------------------------------------- index and search
 
 
 def build_index(teacher, folder, path, device=None, workers=0, precision="float32"):
@@ -598,7 +522,7 @@ def taught_by(network, student, about):
     return network in (about.teacher_fingerprint, fingerprint(student))
 
 
-# ---------------------------------------------------------------------------- tables and pictures
+# ------------------------------------------------------------------------------ tables and pictures
 
 
 def print_table(rows):
@@ -669,7 +593,142 @@ def draw_answers(path, title, rows, cell=120):
     sheet.save(path)
 
 
-# --------------------------------------------------------------------------- options, the program
+# --------------------------------------- what programs share: device, processes, progress, mistakes
+#
+# Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
+# are sums over images, so gradients are summed over processes, not averaged.
+
+
+def find_device(name=None):
+    """The device "cuda", "cuda:1" or "cpu"; by default this process's GPU, if there is one."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name, gpus = str(name or "cpu"), torch.cuda.device_count()
+    there = ["cpu"] + ["cuda"] * bool(gpus) + [f"cuda:{i}" for i in range(gpus)]
+    if name not in there:
+        raise UserError(f"--device {name}: PyTorch finds {', '.join(there)}")
+    return torch.device(name)
+
+
+PRECISIONS = ("auto", "bfloat16", "float32")  # auto: bfloat16 on GPUs that have it, else float32
+
+
+def autocast(device, precision):
+    """The context manager of a forward pass in one of these precisions."""
+    use = precision == "bfloat16"
+    if precision == "auto":
+        use = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def start_processes():
+    """Join the other processes if torchrun started this one."""
+    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def add_over_processes(tensors):
+    """Sum tensors of one dtype over all processes, in place and in one message."""
+    if process_count() > 1:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def broadcast(tensor):
+    """The tensor of process 0 in all processes, in place."""
+    if process_count() > 1:
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+class Progress:
+    """A line on the terminal: what is running, how much of it is done, and the time left."""
+
+    def __init__(self, title, announce=False):
+        self.title, self.announce = title, announce
+        self.share, self.skipped, self.done = 1.0, 0.0, 0.0  # as shares of the whole
+        self.began = self.shown = time.time()
+
+    def stage(self, title, share):
+        """Begin a stage that is a share of the whole."""
+        self.title, self.share = title, share
+
+    def skip(self, part):
+        """A part of the stage was done earlier and says nothing about the speed."""
+        self.skipped += self.share * part
+        self.done += self.share * part
+
+    def advance(self, part, note=None):
+        """A part of the stage is done. Without a terminal, print a line every half minute.
+
+        note: a function whose text is added, called only when the line is shown
+        """
+        self.done += self.share * part
+        if process_rank() > 0:
+            return
+        terminal, now, last = sys.stderr.isatty(), time.time(), self.done > 1 - 1e-9
+        elapsed = now - self.began
+        left = elapsed / (self.done - self.skipped) * (1 - self.done)
+        if self.announce and self.done > 0.03:
+            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
+            self.announce = False
+        if now - self.shown < (0.2 if terminal else 30) and not last:
+            return
+        self.shown = now
+        more = note() if note else ""
+        whole = " of all" if self.share < 1 else ""
+        line = f"{self.title}: {self.done:4.0%}{whole}{more}, {format_time(left)} left"
+        if last:  # what took no time needs no line
+            title = "all" if self.share < 1 else self.title
+            line = f"{title}: done in {format_time(elapsed)}" if elapsed > 5 else ""
+        if terminal:
+            print(f"\r{line}\033[K", end="\n" * bool(last and line), file=sys.stderr, flush=True)
+        elif line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def format_time(seconds):
+    """Minutes and seconds, 12:34."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def end(code, sentence):
+    """End the program with a sentence on stderr."""
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def run_program(main):
+    """Run a script's main(). What the user can mend ends in one sentence and exit code 2.
+
+    Any other exception shows its traceback.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # where float32 is asked for, float32 is used
+    sys.stdout.reconfigure(errors="replace")  # for names of files that the terminal cannot show
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        start_processes()
+        main()
+    except torch.OutOfMemoryError:
+        end(2, "error: out of GPU memory: --device cpu, or in training a smaller --micro-batch")
+    except (UserError, NetworkError, OSError) as error:
+        # A worker's arrives as "Caught UserError in ... Traceback ... data.UserError: SENTENCE".
+        end(2, f"error: {str(error).rpartition('UserError: ')[2].strip()}")
+    except KeyboardInterrupt:
+        end(130, "\nstopped; a training continues after its last whole epoch by the same command")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- options, the program
 
 
 class About(NamedTuple):
@@ -924,4 +983,4 @@ def load_test_images(options, trained):
 
 
 if __name__ == "__main__":
-    run_program(main, NetworkError)
+    run_program(main)

@@ -1639,7 +1639,7 @@ SAME_IMAGES = "--regression --weights "
 def one_of_two_processes(folder, teacher):
     """What the next test starts two of, as this file's program: each leaves what it found."""
     torch.set_num_threads(1)
-    data.start_processes()
+    evaluate.start_processes()
     rank, forward, passes, found = data.process_rank(), EmbeddingNet.forward, [], {}
 
     def counted(net, images):
@@ -1718,7 +1718,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *words])
         code = 0
         try:
-            data.run_program(PROGRAMS[script].main, NetworkError)
+            evaluate.run_program(PROGRAMS[script].main)
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -1864,7 +1864,7 @@ def test_mistakes_of_programmers_show_their_traceback(fork, capfd):
     """And those of users do not."""
 
     def slip():
-        data.run_program(partial(divmod, 1, 0))
+        evaluate.run_program(partial(divmod, 1, 0))
 
     def mistake():
         sys.argv = ["evaluate.py", "--teacher", "nowhere.pt"]
@@ -1888,7 +1888,7 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
     """Are printed with a replacement character, and the program goes on."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", terminal)
-    data.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
+    evaluate.run_program(lambda: data.say("caf\udce9.jpg", "the next"))
     terminal.flush()
     assert terminal.buffer.getvalue() == b"caf?.jpg\nthe next\n"
 

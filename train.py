@@ -7,7 +7,7 @@ The first makes the network that distill.py needs as --teacher.
 """
 
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
-# and the log. What evaluate.py shares with them is there: device, precision, the progress line.
+# and the log. What evaluate.py shares with them is there: device, processes, progress, mistakes.
 
 import argparse
 import json
@@ -21,7 +21,6 @@ import torch
 
 from asymres import (
     EmbeddingNet,
-    NetworkError,
     draw_negatives,
     read_checkpoint,
     save_checkpoint,
@@ -29,13 +28,10 @@ from asymres import (
 )
 from data import (
     UserError,
-    add_over_processes,
-    broadcast,
     load_readable,
     process_count,
     process_rank,
     random_crops,
-    run_program,
     say,
     settle_dataset,
 )
@@ -43,12 +39,15 @@ from evaluate import (
     HELP_FORMAT,
     PRECISIONS,
     Progress,
+    add_over_processes,
     autocast,
+    broadcast,
     compare,
     default_workers,
     extract,
     find_device,
     number,
+    run_program,
 )
 
 # All of these are as in the authors' code.
@@ -217,7 +216,7 @@ def share_of_process(rows):
     return groups[process_rank() :: process_count()][:share].flatten(0, 1)
 
 
-# ------------------------------------------------------------ what teacher and student runs share
+# -------------------------------------------------------------- what teacher and student runs share
 
 
 class Run:
@@ -465,7 +464,7 @@ def classes_of_run(options):
     return trained["classes"] if trained.get("dataset") == options.dataset else []
 
 
-# --------------------------------------------------------------------------- options, the program
+# ----------------------------------------------------------------------------- options, the program
 
 
 def add_common_options(parser):
@@ -605,4 +604,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_program(main, NetworkError)
+    run_program(main)
