@@ -134,9 +134,10 @@ class EmbeddingNet(nn.Module):
         if (self.mean, self.std) != (MEAN, STD):
             x = x * self.scale + self.shift
         features = self.backbone(x)  # (N, C, h, w)
-        with torch.autocast(features.device.type, enabled=False):  # the head in float32
+        with torch.autocast(features.device.type, enabled=False):
+            # The head is float32, but for the whitening of a network after net.half().
             x = F.normalize(self.pool(features.float()).flatten(1))  # (N, C)
-            x = self.whiten(x.to(images.dtype))  # float32, unless the caller has called net.half()
+            x = self.whiten(x.to(images.dtype))
             x = F.normalize(x.float())  # (N, D)
         return x.unflatten(0, images.shape[:-3])  # (..., D)
 
@@ -210,8 +211,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # The largest weight becomes 1 before 1e-6 is added. As in the authors' code, the own class
-    # counts as 0 in this maximum; this matters only if all other log weights are negative.
+    # The largest weight becomes 1 before 1e-6 is added. (The authors mask the own class by 0 here,
+    # so the maximum is not below 0.)
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)

@@ -46,6 +46,7 @@ from evaluate import (
     load_network,
     number,
     run_program,
+    trained_on,
 )
 
 # The defaults that depend on the data set; "folder" is any other one. Those for CUB, Cars and SOP
@@ -97,7 +98,7 @@ def distill(teacher, dataset, options, student=None, progress=None):
     options   see `parse_options` and `complete_options`
     student   an EmbeddingNet; by default the one that the options describe
     """
-    freeze(teacher, options)
+    prepare_teacher(teacher, options)
     student, run = start_run(teacher, dataset, options, student, progress)
     loader = DistillationLoader(
         dataset,
@@ -135,8 +136,8 @@ def distill_one_epoch(teacher, student, loader, run, options):
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
-def freeze(teacher, options):
-    """Put the teacher on the device, in eval mode, without gradients; it sees teacher_size px."""
+def prepare_teacher(teacher, options):
+    """Freeze the teacher, in eval mode, on the device; it sees images of teacher_size px."""
     teacher.to(find_device(options.device), memory_format=torch.channels_last)
     teacher.eval().requires_grad_(False)
     teacher.size = options.teacher_size
@@ -152,8 +153,7 @@ def start_run(teacher, dataset, options, student=None, progress=None):
             f"the student has {student.dim} dimensions and the teacher {teacher.dim}: give --dim "
             f"{teacher.dim}"
         )
-    # Images per epoch in this process. (The loader, which could tell, needs run.micro_batch.)
-    count = len(EpochSampler(len(dataset), options.epoch_size))
+    count = len(EpochSampler(len(dataset), options.epoch_size))  # images per epoch and process
     run = train.Run(
         student,
         options,
@@ -182,7 +182,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
 
     Images are evaluation crops, which the teacher embeds once, in float32.
     """
-    freeze(teacher, options)
+    prepare_teacher(teacher, options)
     targets = extract(
         teacher, dataset, options.teacher_size, options.device, workers=options.workers
     )  # (N, D)
@@ -243,7 +243,7 @@ def miniature(options):
     finish(teacher, student, training, test, options, [baseline])
     say(
         f"  teacher, symmetric    queries and database at {large}: the goal",
-        f"  no distillation       {small} queries in that database, embedded by the teacher itself",
+        f"  no distillation       {small} queries in that database, but embedded by the teacher",
         f"  labels, symmetric     trained with labels at {small}, in a database of its own",
         f"  student, asymmetric   {small} queries in the teacher's database: the paper's claim",
         f"  student, symmetric    {small} queries in a {small} database of the student's own",
@@ -352,6 +352,7 @@ def complete_options(options, teacher=None, trained=None):
     if name is None and teacher is not None:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     options.dataset, options.root = settle_dataset(name or "synthetic", options.root)
+    trained = trained_on(options.dataset, trained)
     folder = options.dataset not in RECIPES
     if folder and not options.unlabelled and has_images_directly(options.dataset):
         say(f"{options.dataset} has images directly in it: it is taken without labels")
@@ -364,7 +365,7 @@ def complete_options(options, teacher=None, trained=None):
 
 
 def options_of_teacher(options, teacher, trained):
-    """The options that a student takes from its teacher."""
+    """The options that a student takes from its teacher; trained: {} if it saw other images."""
     taken = {}
     if teacher is not None:
         taken |= {"arch": teacher.arch, "teacher_size": teacher.size}
@@ -374,7 +375,7 @@ def options_of_teacher(options, teacher, trained):
             taken["dim"] = teacher.dim  # another backbone needs a layer to have as many
     elif options.unlabelled:
         taken["dim"] = 0  # as the plain ImageNet network that will be the teacher
-    if options.dataset == trained.get("dataset"):
+    if trained:
         taken |= {name: trained[name] for name in ("root", "unlabelled", "validation", "classes")}
     return taken
 
@@ -390,8 +391,7 @@ def check_options(options, teacher, trained):
         raise UserError(
             f"--teacher is needed: train.py --dataset {options.dataset} makes one{without}"
         )
-    same_images = options.dataset == trained.get("dataset")
-    if same_images and options.validation and not trained["validation"]:
+    if options.validation and trained and not trained["validation"]:
         raise UserError("--validation: the teacher was trained on the validation classes, too")
 
 
@@ -432,11 +432,12 @@ def main():
     complete_options(options, teacher, trained)
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
-    training, test = train.load_images(options)
-    student = None
-    if teacher is None:
+    plain = teacher is None
+    if plain:
         teacher = imagenet_teacher(options)
-        student = new_student(teacher, options)  # or its mistake, before a file is written
+    student = new_student(teacher, options)  # or its mistake, before files are read or written
+    training, test = train.load_images(options)
+    if plain:
         keep_teacher(teacher, options)
     learn = regress if options.regression else distill
     student = learn(teacher, training, options, student)

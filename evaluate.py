@@ -144,8 +144,8 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     But N scores take long to sort. The rank of a correct image is also the number of wrong images
     that score at least as high, plus the number of correct ones that score higher. Say that wrong
     images score 9 and 7, and correct ones 8 and 6: wrong ones above these are 1 and 2, correct ones
-    0 and 1, so the ranks are 1 and 3. The first number is counted, in one pass over the scores per
-    correct image; the second is known once the few correct scores are sorted.
+    0 and 1, so the ranks are 1 and 3. The first number is counted, see `count_at_least`; the second
+    is known once the few correct scores are sorted.
 
     Ranks ascend, and after the first n of a row comes padding. Queries without a correct image are
     left out. The others are sorted by n, so that there is little padding.
@@ -161,13 +161,12 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
     if not len(by_count):
         return
     columns = database.T.contiguous()  # (D, N)
-    # The scores, and a 1.0 where one is at least as high (a CPU sums floats faster than booleans).
     # All chunks use the same memory, because allocating it anew takes as long as counting.
     at_once = min(len(by_count), max(1, chunk // len(database)))
-    buffers = database.new_empty(2, at_once, len(database))
+    memory = database.new_empty(2, at_once, len(database))
     for batch in by_count.split(at_once):  # q queries
         # 1. All scores. The query's own image is no result: -inf.
-        scores, at_least = buffers[0, : len(batch)], buffers[1, : len(batch)]  # (q, N) each
+        scores, buffer = memory[0, : len(batch)], memory[1, : len(batch)]  # (q, N) each
         torch.mm(queries[batch].to(columns), columns, out=scores)  # (q, D) @ (D, N)
         if same_images:
             scores.scatter_(1, batch[:, None], -torch.inf)
@@ -176,14 +175,27 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
         rows, padding = rows_of_classes(by_label, class_begin[batch], class_size[batch])
         correct_scores = scores.gather(1, rows).masked_fill(padding, -torch.inf)
         correct_scores = correct_scores.sort(descending=True).values[:, : int(n[batch].max())]
-        # 3. Without this class only wrong images are left: count those that score at least as high.
+        # 3. Without this class only wrong images are left. (Counts for padding are not read.)
         scores.scatter_(1, rows, -torch.inf)
-        wrong_above = []
-        for score in correct_scores.T:  # (q,); what is counted for padding is not read
-            torch.ge(scores, score[:, None], out=at_least)
-            wrong_above.append(at_least.sum(1))
-        correct_above = torch.arange(len(wrong_above), device=n.device)  # above image j: j of them
-        yield torch.stack(wrong_above, 1).long() + correct_above, n[batch]
+        wrong_above = count_at_least(scores, correct_scores, buffer)  # (q, m)
+        correct_above = torch.arange(correct_scores.shape[1], device=n.device)  # above j: j of them
+        yield wrong_above + correct_above, n[batch]
+
+
+def count_at_least(scores, thresholds, buffer):
+    """How many of the scores (q, N) are at least each of the thresholds (q, m): (q, m), int64.
+
+    Up to 100 thresholds, as in data sets of many classes, take a pass over the scores each, which
+    is faster than sorting them.
+    """
+    if thresholds.shape[1] > 100:
+        ascending = scores.sort(1).values
+        return scores.shape[1] - torch.searchsorted(ascending, thresholds.contiguous())
+    counts = []
+    for threshold in thresholds.T:  # (q,)
+        torch.ge(scores, threshold[:, None], out=buffer)  # 0.0 or 1.0: a CPU sums floats faster
+        counts.append(buffer.sum(1))
+    return torch.stack(counts, 1).long()
 
 
 def rows_of_classes(by_label, begin, size):
@@ -344,7 +356,7 @@ def compare(
             embedded[net, size] = vectors.to(device)
             costs[net, size] = query_cost(net, size, device, precision)
     rows = []
-    for name, net, size, database_net in comparisons:
+    for name, net, size, database_net in comparisons:  # each database_net has a symmetric one
         queries, database = embedded[net, size], embedded[database_net, database_net.size]
         metrics = retrieval_metrics(queries, database, labels, labels, ks, same_images=True)
         row = {
@@ -390,8 +402,9 @@ def compare_unlabelled(
 ):
     """Print what can be measured without labels as a table. Returns its rows, as dicts.
 
-    dataset: the held-back images, which are the queries. photographs: all others; the database is
-    both. What is measured is the agreement with the teacher's large queries: see `agreement`.
+    dataset: the held-back images, which are the queries and the first rows of the database.
+    photographs: all others, the rows after them. What is measured is the agreement with the
+    teacher's large queries: see `agreement`.
     """
     device = find_device(device)
     how = {"device": device, "workers": workers, "precision": precision}
@@ -945,6 +958,30 @@ def command_table(options):
         Path(options.json).write_text(json.dumps(rows, indent=1))
 
 
+def trained_on(dataset, trained):
+    """The options of a network's training, `trained`, if it was on this data set; else {}.
+
+    A folder that has all of its training classes is taken for a copy of its data set.
+    """
+    if dataset == trained.get("dataset"):
+        return trained
+    classes = trained.get("classes")
+    if classes and all(os.path.isdir(os.path.join(dataset, name)) for name in classes):
+        say(f"note: {dataset} has the training classes of {trained['dataset']}: it is its copy")
+        return trained
+    return {}
+
+
+def note_other_photographs(trained, count):
+    """Say that photographs were added or removed since the training: the split is by position."""
+    before = trained.get("photographs", count)
+    if count != before:
+        say(
+            f"note: there are {count} images and were {before} in training: those held back now "
+            "are others, and may have been trained on"
+        )
+
+
 def load_student(path, teacher):
     """The student of a checkpoint. Raises UserError if this is not its teacher."""
     student, about = load_network(path)
@@ -967,8 +1004,7 @@ def load_test_images(options, trained):
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
-    if name != trained.get("dataset"):
-        trained = {}  # on other images
+    trained = trained_on(name, trained)
     if options.validation and trained and not trained["validation"]:
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"
@@ -979,6 +1015,7 @@ def load_test_images(options, trained):
     others = None
     if test.labels is None:
         others = load_readable(name, root, "train", unlabelled=True, workers=workers)
+        note_other_photographs(trained, len(test) + len(others))
     return test, others
 
 

@@ -240,6 +240,8 @@ def test_metrics_and_knn_are_what_sorting_says(same_images):
         queries = torch.from_numpy(rng.integers(-1, 2, (q, 3 + case % 5))).double()
         database = torch.from_numpy(rng.integers(-1, 2, (n, 3 + case % 5))).double()
         labels = (rng.integers(0, 1 + n // 4, n) - 1) * 10**15  # any integers
+        if n == 300:
+            labels = labels % 2  # two classes of more than 100 images
         query_labels = labels if same_images else labels[rng.integers(0, n, q)]
         labels[:2] = query_labels[0] = labels[0]  # one at least is there to be found
         expected = metrics_by_sorting(
@@ -1546,6 +1548,42 @@ def test_the_classes_that_train_stay_when_folders_are_added(folder, tmp_path):
     assert names_of_classes(copy, training) == ["class0", "class1", "class2"]
 
 
+def test_a_copy_of_the_folder_has_the_same_training_classes(folder, tmp_path):
+    """By their names, also when a class was added that would come first; nothing is tested on."""
+    train_teacher(folder, tmp_path / "run", "--epochs 1")
+    teacher = tmp_path / "run" / "model.pt"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_images(copy / "another" / "1.png", copy / "another" / "2.png")
+    words = f"--teacher {teacher} --dataset {copy} --workers 0"
+    options = student_options(f"{words} --out {tmp_path / 'student'}")[0]
+    _, test = train.load_images(options)
+    assert names_of_classes(copy, test) == ["another", "class3", "class4", "class5"]
+    options = evaluate.parse_options(words.split())
+    _, about = evaluate.load_network(teacher)
+    test, _ = evaluate.load_test_images(options, about.options)
+    assert names_of_classes(copy, test) == ["another", "class3", "class4", "class5"]
+    with pytest.raises(UserError, match="trained on the validation classes, too"):
+        student_options(f"{words} --validation")
+
+
+def test_photographs_that_were_added_are_noted(teacher, photographs, tmp_path, capsys):
+    """They move the split: before a run goes on, and before it is measured."""
+    copy = shutil.copytree(photographs, tmp_path / "copy")
+    run = tmp_path / "run"
+    words = f"--teacher {teacher} --dataset {copy} --student-size 32 --out {run} {SMALL} --epochs 1"
+    options, net = student_options(words)
+    training, _ = train.load_images(options)
+    distill.distill(net, training, options)
+    train.load_images(student_options(words)[0])
+    assert "note: there are" not in capsys.readouterr().out
+    write_images(copy / "0.jpg")
+    train.load_images(student_options(words)[0])
+    assert "note: there are 41 images and were 40 in training" in capsys.readouterr().out
+    options = evaluate.parse_options(f"--teacher {run}/model.pt --workers 0".split())
+    evaluate.load_test_images(options, evaluate.load_network(run / "model.pt")[1].options)
+    assert "note: there are 41 images and were 40 in training" in capsys.readouterr().out
+
+
 def test_other_options_are_refused_by_name(folder, teacher, tmp_path):
     """Some may change; a run that is done is loaded, not trained again."""
     out = tmp_path / "run"
@@ -2039,7 +2077,7 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     """Its lines, word for word and in order, on a replica of CUB; options behind make it small."""
     small = f"{SMALL} --epochs 1"
     commands = readme_commands("Reproduce a benchmark")
-    download, released, teacher, student, baseline, table = commands
+    download, released, of_released, teacher, student, baseline, table = commands
     monkeypatch.chdir(tmp_path)
     write_cub(tmp_path / "www" / "CUB_200_2011", images_per_class=6)
     monkeypatch.setitem(data.COUNTS, "cub", {"train": 12, "test": 12})
@@ -2088,6 +2126,10 @@ def test_the_benchmark_of_the_readme(tmp_path, monkeypatch, run):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     code, said, _ = run(f"{released} --workers 0")
     assert code == 0 and "student, asymmetric" in said and "labels, symmetric" in said
+    options, _ = student_options(of_released.partition(" ")[2])
+    assert (options.teacher_size, options.student_size, options.dim) == (48, 224, 8), "the file's"
+    code, said, _ = run(f"{of_released} {small} --views 2 --student-size 32 --out own")
+    assert code == 0 and "student, asymmetric" in said
 
 
 def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):

@@ -31,6 +31,7 @@ from data import (
     load_readable,
     process_count,
     process_rank,
+    process_rng,
     random_crops,
     say,
     settle_dataset,
@@ -46,6 +47,7 @@ from evaluate import (
     default_workers,
     extract,
     find_device,
+    note_other_photographs,
     number,
     run_program,
 )
@@ -120,8 +122,7 @@ def train(dataset, options, net=None, progress=None):
 
 def train_one_epoch(net, dataset, rows, epoch, run, options):
     """One epoch over rows (R, 1 + M): anchors, in groups of 4 of a class, and their negatives."""
-    # 1 + rank, because default_rng((a, b, 0)) is the same stream as default_rng((a, b)): `mine`'s.
-    rng = np.random.default_rng((options.seed, epoch, 1 + process_rank()))
+    rng = process_rng(options.seed, epoch)
     batches = [batch.flatten().tolist() for batch in rows.split(run.micro_batch)]
     crops = random_crops(
         dataset, batches, options.size, options.min_scale, options.workers, run.device, rng
@@ -258,6 +259,11 @@ class Run:
         self.progress = progress or Progress(options.out)
         self.path = Path(options.out, "model.pt")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.says_epochs:
+            say(
+                f"{options.out}: {options.epochs} epochs of {count * process_count()} images "
+                f"in {self.steps} steps, on {self.device}"
+            )
 
     def resume(self):
         """Continue after the last finished epoch, if the folder holds this run. Else do nothing.
@@ -374,7 +380,7 @@ def average_statistics(net):
 
 
 # Options that may differ when a run is resumed. The teacher's file may move, but is recognised.
-MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher"}
+MAY_CHANGE = {"out", "root", "device", "workers", "micro_batch", "teacher", "photographs"}
 
 
 def refuse_other_run(saved, options, teacher_fingerprint):
@@ -400,7 +406,8 @@ def divide_batch(options, group):
     Every process takes an equal share of a step, in micro-batches of one size: the largest from
     --micro-batch down to half of it that divides the share. If none does, --micro-batch it is, and
     a step is the nearest number of images that it divides. For example, --batch-size 200 and
-    --micro-batch 8 are 25 x 8 in one process, 5 x 5 in each of 8, and 8 x 8 (192) in each of 3.
+    --micro-batch 8 are 25 x 8 in one process, 5 x 5 in each of 8, and 8 x 8 (192) in each of 3;
+    25 and 4 are 6 x 4 (24) in one.
     """
     if options.micro_batch < group:
         raise UserError(f"--micro-batch {options.micro_batch} must be at least {group}")
@@ -436,9 +443,11 @@ def new_network(options, pooling, size, weights=None):
 def load_images(options):
     """(training images, test images), without those that cannot be read.
 
-    Sets options.classes to the training classes of a folder, for the checkpoint to record.
+    For the checkpoint to record, sets options.classes to the training classes of a folder, and
+    options.photographs to the number of images without labels.
     """
-    options.classes = options.classes or classes_of_run(options)
+    begun = options_of_run(options)
+    options.classes = options.classes or begun.get("classes", [])
     splits = ("fit", "val") if options.validation else ("train", "test")
     training, test = (
         load_readable(
@@ -452,16 +461,19 @@ def load_images(options):
         for split in splits
     )
     options.classes = training.training_classes
+    if options.unlabelled:
+        options.photographs = len(training) + len(test)
+        note_other_photographs(begun, options.photographs)
     if test.labels is not None and len(set(test.labels)) == len(test.labels):
         raise UserError(f"no test class of {options.dataset} has two images to find each other")
     return training, test
 
 
-def classes_of_run(options):
-    """The classes with which the run in --out began: the folder may have others by now."""
+def options_of_run(options):
+    """The options of the run in --out, if it is on this data set: its folder may differ by now."""
     path = Path(options.out, "model.pt")
     trained = read_checkpoint(path).get("options", {}) if path.exists() else {}
-    return trained["classes"] if trained.get("dataset") == options.dataset else []
+    return trained if trained.get("dataset") == options.dataset else {}
 
 
 # ----------------------------------------------------------------------------- options, the program
@@ -470,7 +482,7 @@ def classes_of_run(options):
 def add_common_options(parser):
     """Add the options of both scripts. (*): the default depends on the data set."""
     add = parser.add_argument_group("network, training and machine").add_argument
-    add("--out", metavar="FOLDER", help="folder of the run (runs/ and a name)")
+    add("--out", metavar="FOLDER", help="folder of the run (runs/DATASET-SIZES-seedN)")
     add("--arch", metavar="NAME", help="backbone: a torchvision name, timm/NAME or resnet10 (*)")
     add(
         "--dim",
@@ -597,8 +609,11 @@ def run_folder(options, sizes):
 def main():
     options = parse_options()
     find_device(options.device)  # an impossible --device ends the program before it reads files
+    net = new_network(
+        options, options.pooling, options.size
+    )  # or its mistake, before files are read
     training, test = load_images(options)
-    net = train(training, options)
+    net = train(training, options, net)
     compare(net, [], test, device=options.device, workers=options.workers)
     say(f"network: {options.out}/model.pt")
 
