@@ -78,8 +78,8 @@ class EmbeddingNet(nn.Module):
     that `pretrained` decides: give True if its weights are pretrained, else False.
 
     Images are renormalised for a pretrained network that expects another mean and std. `size` is
-    for the caller: the side in px at which the network was trained. Raises NetworkError if `arch`
-    or its weights are not available.
+    the side in px at which the network embeds: training sets it, evaluation reads it. Raises
+    NetworkError if `arch` or its weights are not available.
     """
 
     def __init__(self, arch="resnet50", pooling="gem", dim=512, pretrained=True, backbone=None):
@@ -135,7 +135,7 @@ class EmbeddingNet(nn.Module):
             x = x * self.scale + self.shift
         features = self.backbone(x)  # (N, C, h, w)
         with torch.autocast(features.device.type, enabled=False):
-            # The head is float32, but for the whitening of a network after net.half().
+            # The head is float32. (`to(images.dtype)` changes something only after net.half().)
             x = F.normalize(self.pool(features.float()).flatten(1))  # (N, C)
             x = self.whiten(x.to(images.dtype))
             x = F.normalize(x.float())  # (N, D)
@@ -211,8 +211,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # The largest weight becomes 1 before 1e-6 is added. (The authors mask the own class by 0 here,
-    # so the maximum is not below 0.)
+    # The largest weight becomes 1 before 1e-6 is added. As in the authors' code, the own class
+    # counts as a log weight of 0, so `largest` is at least 0: weights below 1 are not scaled up.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)
@@ -273,8 +273,9 @@ def build_backbone(arch, pretrained):
     except Exception as error:  # an unknown name, no timm, no download: many kinds
         raise NetworkError(
             f"{arch} with {'ImageNet' if from_imagenet else 'random'} weights is not available "
-            f"({error!r:.200}); offline: --weights FILE"
-            + ("; timm/NAME needs pip install timm" if arch.startswith("timm/") else "")
+            f"({error!r:.200})"
+            + ("; timm/NAME needs pip install timm" if isinstance(error, ImportError) else "")
+            + ("; offline: --weights FILE" if from_imagenet else "")
         ) from error
     if not isinstance(pretrained, bool):
         mean, std = load_weights(model, backbone, pretrained)

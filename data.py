@@ -36,8 +36,8 @@ class UserError(ValueError):
     """What the user can mend: missing data, an impossible option. Programs end with its message."""
 
 
-# A program can be several processes, each of which takes its share of an epoch's images: see
-# `start_processes` in evaluate.py.
+# A program can be several processes, each of which takes its share of an epoch's images. What else
+# they need is in evaluate.py: `start_processes`, `add_over_processes`, `broadcast`.
 
 
 def process_rank():
@@ -75,11 +75,13 @@ class DistillationLoader:
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views per image
-    mixup       mix each view with one of another image, weighted by Beta(0.2, 0.2). This partner
-                is another of the 200 images that this process decoded last in this epoch (the image
-                itself if it is alone). Its crop comes from the same random numbers (the same box if
-                both images have the same height and width); flip, colour factors and their order
-                are the same. Half of the views are then mostly their partner, for both networks
+    mixup       a view becomes w view + (1 - w) partner, where w ~ Beta(0.2, 0.2): half of the views
+                are then mostly their partner, the same for both networks.
+                The partner is a view of any other of the 200 images that this process decoded last
+                in this epoch, this batch included (the image itself if it is alone).
+                They share the random numbers of the crop, which give the same box if both images
+                have the same height and width, the flip, the colour factors and their order, as in
+                the authors' code
     min_scale   smallest crop, as a share of the image's area
     epoch_size  maximum number of images per epoch; others are drawn for each epoch
 

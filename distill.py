@@ -5,7 +5,7 @@
     python distill.py --dataset PHOTOS --unlabelled --student-size 224  # any folder of photographs
 
 The first command needs no data: it draws some, trains a baseline with labels and a teacher, and
-distils a student, in a few minutes on a CPU. In the last one the teacher is an ImageNet network.
+distils a student, in a few minutes on a CPU. In the last one the teacher has --weights, too.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def distill_one_epoch(teacher, student, loader, run, options):
         loss = distillation_loss(s, t, options.lambda_ts, options.lambda_ss)
         loss.backward()
         run.add(loss)
-        if i % run.accumulate == 0 or i == len(loader):  # the last step may have fewer images
+        if run.step_is_due(i, len(loader)):
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
@@ -204,7 +204,7 @@ def regress(teacher, dataset, options, student=None, progress=None):
             loss = absolute_term(s[:, None], targets[rows][:, None])  # A = 1
             loss.backward()
             run.add(loss)
-            if i % run.accumulate == 0 or i == len(batches):
+            if run.step_is_due(i, len(batches)):
                 run.step()
         run.end_epoch()
     return student.eval()
@@ -250,14 +250,17 @@ def miniature(options):
     )
 
 
+OF_ALL_THREE = ("arch", "dim", "seed", "validation", "workers", "device", "precision")
+
+
 def labelled_options(options, name, size):
     """train.py's options for the miniature's teacher or baseline.
 
-    Options of all three networks are taken over; the others have train.py's defaults.
+    Options of all three networks are the student's; the others have train.py's defaults.
     """
     argv = ["--dataset", "synthetic", "--size", str(size), "--out", f"{options.out}/{name}"]
     labelled = train.parse_options(argv)
-    for option in ("arch", "dim", "seed", "validation", "workers", "device", "precision"):
+    for option in OF_ALL_THREE:
         setattr(labelled, option, getattr(options, option))
     return labelled
 
@@ -275,9 +278,9 @@ def finish(teacher, student, training, test, options, supervised=()):
 
 # ----------------------------------------------------------------------------- options, the program
 #
-# An option is None until it is settled. In this order: the command line; the teacher's checkpoint
-# (`options_of_teacher`); the recipe of the data set (`train.fill_in_defaults`). `train.run_folder`
-# then names --out, and `train.load_images` settles --classes.
+# An option is None until it is settled. In this order: the command line; --dataset and --root
+# (`settle_dataset`); the teacher's checkpoint (`options_of_teacher`); the recipe of the data set
+# (`train.fill_in_defaults`); --out (`train.run_folder`); --classes (`train.load_images`).
 
 
 def parse_options(argv=None):
@@ -312,7 +315,9 @@ def parse_options(argv=None):
     add("--teacher-size", type=number(int, 1), metavar="PX", help="image size of the teacher (*)")
     add("--student-size", type=number(int, 1), metavar="PX", help="image size of the student (*)")
     add(
-        "--weights", metavar="NAME", help="initial weights: imagenet, random, teacher or a file (*)"
+        "--weights",
+        metavar="NAME",
+        help="initial weights: imagenet, random, teacher or a file (*)",
     )
     add("--views", type=number(int, 1), metavar="A", help="augmented views per image (*)")
     add("--no-mixup", action="store_true", help="do not mix views with those of other images")
@@ -344,8 +349,8 @@ def load_teacher(options):
 def complete_options(options, teacher=None, trained=None):
     """Fill in what the command line leaves open: from the teacher, or else from the recipe.
 
-    trained: the options of the teacher's training, if they are known. Raises UserError if options
-    contradict each other.
+    trained: the options of the teacher's training, from `load_teacher`; {} if they are not known.
+    Raises UserError if options contradict each other.
     """
     trained = trained or {}
     name = options.dataset or trained.get("dataset")
@@ -376,7 +381,8 @@ def options_of_teacher(options, teacher, trained):
     elif options.unlabelled:
         taken["dim"] = 0  # as the plain ImageNet network that will be the teacher
     if trained:
-        taken |= {name: trained[name] for name in ("root", "unlabelled", "validation", "classes")}
+        names = ("root", "unlabelled", "validation", "classes")
+        taken |= {name: trained.get(name) for name in names}
     return taken
 
 
@@ -391,7 +397,7 @@ def check_options(options, teacher, trained):
         raise UserError(
             f"--teacher is needed: train.py --dataset {options.dataset} makes one{without}"
         )
-    if options.validation and trained and not trained["validation"]:
+    if options.validation and trained and not trained.get("validation"):
         raise UserError("--validation: the teacher was trained on the validation classes, too")
 
 

@@ -172,11 +172,12 @@ def ranks_of_correct_images(queries, database, query_labels, database_labels, sa
             scores.scatter_(1, batch[:, None], -torch.inf)
         # 2. The scores of the query's class, sorted. Its own image and padding are -inf, so they
         #    come last, after the n correct images.
-        rows, padding = rows_of_classes(by_label, class_begin[batch], class_size[batch])
-        correct_scores = scores.gather(1, rows).masked_fill(padding, -torch.inf)
+        class_rows, padding = rows_of_classes(by_label, class_begin[batch], class_size[batch])
+        correct_scores = scores.gather(1, class_rows).masked_fill(padding, -torch.inf)
         correct_scores = correct_scores.sort(descending=True).values[:, : int(n[batch].max())]
-        # 3. Without this class only wrong images are left. (Counts for padding are not read.)
-        scores.scatter_(1, rows, -torch.inf)
+        # 3. Erase the whole class, whose scores were copied in step 2: only wrong images are left.
+        #    (What is counted for padding is not read.)
+        scores.scatter_(1, class_rows, -torch.inf)
         wrong_above = count_at_least(scores, correct_scores, buffer)  # (q, m)
         correct_above = torch.arange(correct_scores.shape[1], device=n.device)  # above j: j of them
         yield wrong_above + correct_above, n[batch]
@@ -609,7 +610,8 @@ def draw_answers(path, title, rows, cell=120):
 # --------------------------------------- what programs share: device, processes, progress, mistakes
 #
 # Several processes (torchrun --nproc-per-node N): each takes its share of an epoch's images. Losses
-# are sums over images, so gradients are summed over processes, not averaged.
+# are sums over images, so gradients are summed over processes, not averaged. `process_rank`,
+# `process_count` and `say`, which data.py needs as well, are there.
 
 
 def find_device(name=None):
@@ -759,7 +761,7 @@ def load_network(path):
         raise UserError(f"{path} does not say at which size in px the network was trained")
     about = About(content.get("options", {}), content.get("teacher"))
     epochs, planned = content.get("training", {}).get("epochs"), about.options.get("epochs")
-    if epochs and epochs < planned:
+    if epochs and planned and epochs < planned:
         say(f"note: {path} is unfinished, {epochs} of {planned} epochs")
     return net, about
 
@@ -1005,7 +1007,7 @@ def load_test_images(options, trained):
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
     trained = trained_on(name, trained)
-    if options.validation and trained and not trained["validation"]:
+    if options.validation and trained and not trained.get("validation"):
         raise UserError("--validation: the teacher was trained on the validation classes, too")
     split = "val" if options.validation or trained.get("validation") else "test"
     unlabelled = options.unlabelled or (not options.dataset and trained.get("unlabelled", False))

@@ -1291,8 +1291,7 @@ class Steps:
 
     micro_batch, accumulate, steps, loss, device = 4, 2, 0, 0.0, torch.device("cpu")
 
-    def add(self, loss):
-        self.loss += loss.detach()
+    add, step_is_due = train.Run.add, train.Run.step_is_due
 
     def step(self):
         self.steps += 1
@@ -2034,6 +2033,11 @@ def test_distillation_without_labels(photographs, tmp_path, monkeypatch, run):
     code, _, mistake = run(f"{line} --unlabelled --out run {small} --epochs 1 --teacher-size 56")
     assert code == 2 and "--teacher-size 48, now 56" in mistake
     assert Path("run/teacher.pt").read_bytes() == before
+    other = "distill.py --teacher run/teacher.pt --student-size 32 --views 2 --out other"
+    code, said, _ = run(f"{other} {small} --arch resnet10 --epochs 1")
+    assert code == 0 and "top-1 agreement" in said
+    assert load_checkpoint("other/model.pt").arch == "resnet10"
+    assert load_checkpoint("other/model.pt").dim == 256
     line = f"evaluate.py --teacher run/teacher.pt --student run/model.pt --dataset {photographs}"
     code, said, _ = run(f"{line} --unlabelled --json t.json --workers 0")
     assert code == 0 and table_of(said) == table

@@ -136,7 +136,7 @@ def train_one_epoch(net, dataset, rows, epoch, run, options):
         loss = triplet_loss(anchors, positives, negatives, MARGIN)
         loss.backward()
         run.add(loss)
-        if i % run.accumulate == 0 or i == len(batches):  # the last step may have fewer images
+        if run.step_is_due(i, len(batches)):
             run.step()  # AdamW and its schedule; gradients are zeroed
 
 
@@ -231,7 +231,7 @@ class Run:
     progress              a Progress that is shared with other runs
 
     The loop calls `add()` with the loss of each micro-batch, and `step()` after `accumulate` of
-    them. `end_epoch()` writes the checkpoint from which `resume()` continues.
+    them, when `step_is_due()`. `end_epoch()` writes the checkpoint from which `resume()` continues.
 
     Losses are sums over images, and so are their gradients: with the same views and frozen batch
     norm, a step does not depend on how it is divided into micro-batches. (AdamW does not mind that
@@ -241,7 +241,7 @@ class Run:
     def __init__(self, net, options, count, group=1, teacher_fingerprint=None, progress=None):
         if not count:
             raise UserError("an epoch has fewer images than there are processes")
-        self.options, self.count = options, count
+        self.options, self.images_per_epoch = options, count
         self.teacher_fingerprint = teacher_fingerprint
         self.device = find_device(options.device)
         self.net = net.to(self.device, memory_format=torch.channels_last)
@@ -294,6 +294,10 @@ class Run:
         """Add a micro-batch's loss to that of the epoch, for the log."""
         self.loss += loss.detach()
 
+    def step_is_due(self, i, total):
+        """After micro-batch i = 1, ..., total of an epoch; its last step may have fewer images."""
+        return i % self.accumulate == 0 or i == total
+
     def step(self):
         """One step of the optimizer and its schedule, with gradients summed over processes."""
         # Not by DistributedDataParallel, which averages, and wraps the network.
@@ -307,7 +311,7 @@ class Run:
 
     def describe_epoch(self):
         """The epoch and its loss so far, for the progress line."""
-        seen = min(self.count, self.steps_taken * self.micro_batch * self.accumulate)
+        seen = min(self.images_per_epoch, self.steps_taken * self.micro_batch * self.accumulate)
         epoch = f"epoch {len(self.log) + 1} of {self.options.epochs}"
         return f", {epoch}, loss {self.loss.item() / seen:.4g}"
 
@@ -316,7 +320,7 @@ class Run:
         add_over_processes([self.loss])
         average_statistics(self.net)
         epoch, seconds = len(self.log), time.time() - self.began
-        images = self.count * process_count()
+        images = self.images_per_epoch * process_count()
         loss = self.loss.item() / images
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: take a smaller --lr")
@@ -578,6 +582,8 @@ def parse_options(argv=None):
     )
     add_common_options(parser)
     options = parser.parse_args(argv)
+    if options.dataset is None:
+        say("no --dataset: images are drawn eggs")
     name = options.dataset or "synthetic"
     options.dataset, options.root = settle_dataset(name, options.root)
     options.unlabelled = False
