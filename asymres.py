@@ -135,7 +135,7 @@ class EmbeddingNet(nn.Module):
             x = x * self.scale + self.shift
         features = self.backbone(x)  # (N, C, h, w)
         with torch.autocast(features.device.type, enabled=False):
-            # The head is float32. (`to(images.dtype)` changes something only after net.half().)
+            # The head is float32, also under autocast. (`to` is for a network after net.half().)
             x = F.normalize(self.pool(features.float()).flatten(1))  # (N, C)
             x = self.whiten(x.to(images.dtype))
             x = F.normalize(x.float())  # (N, D)
@@ -211,8 +211,8 @@ def negative_probabilities(anchors, pool, anchor_labels, pool_labels):
     # At d = 2 the weight would be infinite.
     d_squared = (2 - 2 * anchors @ pool.T).clamp(0.5**2, 4 - 1e-6)  # (Q, N)
     log_weight = (2 - dim) / 2 * d_squared.log() - (dim - 3) / 2 * (1 - d_squared / 4).log()
-    # The largest weight becomes 1 before 1e-6 is added. As in the authors' code, the own class
-    # counts as a log weight of 0, so `largest` is at least 0: weights below 1 are not scaled up.
+    # Weights are divided by the largest, or by 1 if all are smaller: the authors give the own class
+    # a weight of 1 here.
     largest = log_weight.masked_fill(own_class, 0).amax(1, keepdim=True)  # (Q, 1)
     weight = (log_weight - largest).exp() + 1e-6
     weight = weight.masked_fill(own_class, 0)

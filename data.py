@@ -75,13 +75,12 @@ class DistillationLoader:
 
     dataset     an ImageDataset, or anything with a `len` whose items are PIL images
     views       A, the number of views per image
-    mixup       a view becomes w view + (1 - w) partner, where w ~ Beta(0.2, 0.2): half of the views
-                are then mostly their partner, the same for both networks.
+    mixup       a view becomes w view + (1 - w) partner, w ~ Beta(0.2, 0.2), the same mix for both
+                networks; so half of the views are mostly their partner.
                 The partner is a view of any other of the 200 images that this process decoded last
                 in this epoch, this batch included (the image itself if it is alone).
-                They share the random numbers of the crop, which give the same box if both images
-                have the same height and width, the flip, the colour factors and their order, as in
-                the authors' code
+                View and partner share the random numbers of the crop (not the box, if the images
+                differ in height or width), the flip, the colour factors and their order
     min_scale   smallest crop, as a share of the image's area
     epoch_size  maximum number of images per epoch; others are drawn for each epoch
 

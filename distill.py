@@ -148,6 +148,7 @@ def start_run(teacher, dataset, options, student=None, progress=None):
     if student is None:
         student = new_student(teacher, options)
     student.size = options.student_size
+    options.arch, options.dim = student.arch, student.whitening
     if student.dim != teacher.dim:
         raise UserError(
             f"the student has {student.dim} dimensions and the teacher {teacher.dim}: give --dim "
@@ -388,6 +389,8 @@ def options_of_teacher(options, teacher, trained):
 
 def check_options(options, teacher, trained):
     """Raise UserError if options contradict each other or the teacher's training."""
+    if options.regression and options.no_mixup:
+        raise UserError("--no-mixup: --regression has no mixup")
     if options.student_size > options.teacher_size:
         say("note: the student's images are larger than the teacher's")
     if options.unlabelled and options.dataset in RECIPES:

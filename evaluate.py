@@ -692,7 +692,8 @@ class Progress:
         elapsed = now - self.began
         left = elapsed / (self.done - self.skipped) * (1 - self.done)
         if self.announce and self.done > 0.03:
-            say(f"On this machine it will take about {max(1, round(left / 60))} minutes.")
+            minutes = max(1, round(left / 60))
+            say(f"On this machine it will take about {minutes} minute{'s' if minutes > 1 else ''}.")
             self.announce = False
         if now - self.shown < (0.2 if terminal else 30) and not last:
             return
@@ -953,6 +954,8 @@ def command_table(options):
     if test.labels is None:
         if len(students) != 1:
             raise UserError("without labels, one --student is compared with its --teacher")
+        if supervised or options.ks != [1, 8]:
+            raise UserError("--supervised and --ks need labels")
         rows = compare_unlabelled(teacher, students[0], test, others, **how)
     else:
         rows = compare(teacher, students, test, supervised, options.ks, **how)
@@ -992,7 +995,8 @@ def load_student(path, teacher):
     if student.dim != teacher.dim:
         raise UserError(f"{path} has {student.dim} dimensions, the teacher {teacher.dim}")
     taught_at = about.options.get("teacher_size", teacher.size)
-    if taught_at != teacher.size:
+    of_teacher = about.teacher_fingerprint == fingerprint(teacher)
+    if of_teacher and taught_at != teacher.size:
         raise UserError(f"{path} was taught by images of {taught_at} px: give --size {taught_at}")
     return student
 
@@ -1006,6 +1010,8 @@ def load_test_images(options, trained):
     if not name:
         raise UserError("--dataset is needed: the teacher's checkpoint does not name one")
     name, root = settle_dataset(name, options.root)
+    if options.unlabelled and not os.path.isabs(name):
+        raise UserError("--unlabelled needs a folder of images as --dataset")
     trained = trained_on(name, trained)
     if options.validation and trained and not trained.get("validation"):
         raise UserError("--validation: the teacher was trained on the validation classes, too")

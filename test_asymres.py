@@ -1433,13 +1433,14 @@ def test_every_recipe_can_be_shared_by_processes(script, group, processes, monke
 
 def test_other_steps_and_micro_batches_are_announced(monkeypatch, capsys):
     monkeypatch.setattr(train, "process_count", lambda: 2)
-    for batch_size, micro_batch, expected, note in (
-        (20, 8, (5, 2), "note: a step is 20 images, in each process 2 x 5"),
-        (134, 8, (8, 8), "note: a step is 128 images, in each process 8 x 8"),  # 67 is a prime
-        (80, 8, (8, 5), ""),
+    for batch_size, micro_batch, group, expected, note in (
+        (20, 8, 1, (5, 2), "note: a step is 20 images, in each process 2 x 5"),
+        (134, 8, 1, (8, 8), "note: a step is 128 images, in each process 8 x 8"),  # 67 is a prime
+        (80, 6, 4, (4, 10), "note: a step is 80 images, in each process 10 x 4"),
+        (80, 8, 1, (8, 5), ""),
     ):
         options = argparse.Namespace(batch_size=batch_size, micro_batch=micro_batch)
-        assert train.divide_batch(options, group=1) == expected
+        assert train.divide_batch(options, group) == expected
         assert capsys.readouterr().out.strip() == note
 
 
@@ -1726,7 +1727,8 @@ def test_two_processes(folder, teacher, tmp_path):
         for key, value in first[name]["state"].items():
             if "num_batches" not in key:
                 assert torch.equal(second[name]["state"][key], value), key
-    assert 2 * first["student"]["passes"] == 2 * 18 * 2, "epochs, images, views"
+    processes, epochs, images, views = 2, 2, 18, 2
+    assert processes * first["student"]["passes"] == epochs * images * views
     assert sorted(first["images"] + second["images"]) == list(range(18)), "each to one of them"
     assert (first["averaged"] == 0.5).all() and torch.equal(first["averaged"], second["averaged"])
     assert torch.equal(first["embeddings"], second["embeddings"])
@@ -1843,6 +1845,7 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
             "8 px is too small",
         ),
         ("distill.py --student 32", "--student"),
+        ("distill.py --regression --no-mixup", "--regression has no mixup"),
         ("evaluate.py", "--teacher is needed"),
         ("evaluate.py --teacher sop-448r-resnet50-512-gem-w", "sop-448r-resnet50-512-gem-w.pth"),
         ("evaluate.py --teacher SIZE-32", "--dataset is needed"),
@@ -1867,6 +1870,14 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         (
             "evaluate.py --teacher TEACHER --database FOLDER --index i.pt --ks 1",
             "by the table, not",
+        ),
+        (
+            "evaluate.py --teacher TEACHER --student TEACHER --dataset PHOTOS --ks 1 2",
+            "--supervised and --ks need labels",
+        ),
+        (
+            "evaluate.py --teacher TEACHER --student TEACHER --dataset synthetic --unlabelled",
+            "--unlabelled needs a folder",
         ),
         ("evaluate.py --teacher TEACHER --top 3", "--top is read by --query, not by the table"),
         ("evaluate.py --database FOLDER --index i.pt", "--database needs a --teacher"),
@@ -2003,6 +2014,10 @@ def test_index_and_search(folder, teacher, tmp_path, monkeypatch, run):
     line = "evaluate.py --teacher another/model.pt --student run/model.pt"
     code, _, said = run(line)
     assert code == 2 and "run/model.pt was not taught by this --teacher" in said
+    code, _, said = run(f"evaluate.py --teacher {teacher} --student run/model.pt --size 64")
+    assert code == 2 and "was taught by images of 48 px: give --size 48" in said
+    code, said, _ = run("evaluate.py --teacher run/model.pt --student run/model.pt --workers 0")
+    assert code == 0 and "student, asymmetric" in said, "a student may have its own database"
 
 
 def table_of(said):
@@ -2148,6 +2163,9 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     names = {"make_module": lambda: nn.Conv2d(3, 4, 3, stride=4)}
     exec("\n".join(line.strip() for line in code.splitlines()), names)
     assert "student, asymmetric  custom   16        32" in capsys.readouterr().out
+    for run in ("own", "own-student"):
+        options = json.loads(Path("runs", run, "options.json").read_text())["options"]
+        assert (options["arch"], options["dim"]) == ("custom", 512)
 
 
 def test_the_pieces_to_copy_of_the_readme(tmp_path, monkeypatch):

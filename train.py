@@ -107,6 +107,7 @@ def train(dataset, options, net=None, progress=None):
     if net is None:
         net = new_network(options, options.pooling, options.size)
     net.size = options.size
+    options.arch, options.dim, options.pooling = net.arch, net.whitening, net.pooling
     classes = usable_classes(dataset.labels)
     _, groups = count_groups(classes, options.epoch_size)
     anchors_per_epoch = GROUP * (groups // process_count())  # in this process
@@ -274,7 +275,10 @@ class Run:
             return
         saved = read_checkpoint(self.path)
         refuse_other_run(saved, self.options, self.teacher_fingerprint)
-        self.net.load_state_dict(saved["state_dict"])
+        try:
+            self.net.load_state_dict(saved["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"{self.path} is of another network ({error!r:.200})") from error
         self.optimizer.load_state_dict(saved["training"]["optimizer"])
         self.log = saved["training"]["log"]
         self.first_epoch = len(self.log)
@@ -422,7 +426,7 @@ def divide_batch(options, group):
     micro_batch = even[0] if even else largest
     count = round(share / micro_batch)
     step = micro_batch * count * process_count()
-    if step != options.batch_size or micro_batch < largest:
+    if step != options.batch_size or micro_batch < min(options.micro_batch, share):
         say(f"note: a step is {step} images, in each process {count} x {micro_batch}")
     return micro_batch, count
 
@@ -615,9 +619,8 @@ def run_folder(options, sizes):
 def main():
     options = parse_options()
     find_device(options.device)  # an impossible --device ends the program before it reads files
-    net = new_network(
-        options, options.pooling, options.size
-    )  # or its mistake, before files are read
+    # Before files are read, so that its mistake comes first.
+    net = new_network(options, options.pooling, options.size)
     training, test = load_images(options)
     net = train(training, options, net)
     compare(net, [], test, device=options.device, workers=options.workers)
