@@ -2163,7 +2163,12 @@ def test_a_module_of_ones_own_as_in_the_readme(tmp_path, monkeypatch, capsys):
     names = {"make_module": lambda: nn.Conv2d(3, 4, 3, stride=4)}
     exec("\n".join(line.strip() for line in code.splitlines()), names)
     assert "student, asymmetric  custom   16        32" in capsys.readouterr().out
-    for run in ("own", "own-student"):
+    words = "--dataset FOLDER --teacher-size 32 --student-size 16 --out runs/mixed"
+    options, teacher = distill.parse_options(words.split()), small_net(dim=512)
+    distill.complete_options(options, teacher)
+    student = EmbeddingNet(backbone=names["make_module"](), pretrained=False)
+    distill.distill(teacher, names["training"], options, student)
+    for run in ("own", "own-student", "mixed"):
         options = json.loads(Path("runs", run, "options.json").read_text())["options"]
         assert (options["arch"], options["dim"]) == ("custom", 512)
 
