@@ -340,7 +340,7 @@ def parse_options(argv=None):
 
 
 def load_teacher(options):
-    """(--teacher, the options of its training); (None, {}) if there is none."""
+    """(the network of --teacher, the options of its training); (None, {}) if there is none."""
     if not options.teacher:
         return None, {}
     teacher, about = load_network(options.teacher)
@@ -412,7 +412,7 @@ def imagenet_teacher(options):
     if options.dim:
         raise UserError("--dim needs a --teacher: a plain ImageNet network has no whitening layer")
     weights = options.weights
-    if weights == "teacher":  # about the student, which then copies this network
+    if weights == "teacher":  # about the student, which copies this plain network
         weights = "imagenet"
     if weights == "random":
         say("note: --weights random: the teacher is untrained")
@@ -441,6 +441,7 @@ def main():
     complete_options(options, teacher, trained)
     if teacher is None and options.dataset == "synthetic":
         return miniature(options)
+    train.find_images(options)
     plain = teacher is None
     if plain:
         teacher = imagenet_teacher(options)

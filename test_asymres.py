@@ -1814,6 +1814,11 @@ def mistakes(folder, teacher, photographs, tmp_path_factory):
         ("distill.py --dataset nowhere", "there is no folder"),
         ("train.py --dataset EMPTY", "a sub-folder of images for each"),
         ("train.py --dataset cub", "python data.py cub --root . downloads it"),
+        ("train.py --dataset cub --arch resnet50 --weights imagenet", "python data.py cub"),
+        (
+            "distill.py --dataset EMPTY --unlabelled --dim 0 --arch resnet50 --weights imagenet",
+            "EMPTY holds 0 images",
+        ),
         ("train.py --dataset cars", "pip install scipy"),
         ("train.py --dataset sop --root EMPTY", "Ebay_train.txt"),
         ("train.py --root EMPTY", "EMPTY/FOLDER; data sets are cub, cars, sop"),

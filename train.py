@@ -28,6 +28,7 @@ from asymres import (
 )
 from data import (
     UserError,
+    load_dataset,
     load_readable,
     process_count,
     process_rank,
@@ -236,7 +237,7 @@ class Run:
 
     Losses are sums over images, and so are their gradients: with the same views and frozen batch
     norm, a step does not depend on how it is divided into micro-batches. (AdamW does not mind that
-    a sum is larger than a mean.)
+    a sum is larger than a mean.) The last step of an epoch may have fewer images.
     """
 
     def __init__(self, net, options, count, group=1, teacher_fingerprint=None, progress=None):
@@ -267,9 +268,9 @@ class Run:
             )
 
     def resume(self):
-        """Continue after the last finished epoch, if the folder holds this run. Else do nothing.
+        """Continue after the last finished epoch, if the folder holds this run.
 
-        Raises UserError if it holds another run.
+        Do nothing if it holds none. Raises UserError if it holds another one.
         """
         if not self.path.exists():
             return
@@ -448,6 +449,12 @@ def new_network(options, pooling, size, weights=None):
     return net
 
 
+def find_images(options):
+    """Raise UserError if the data set is not there, before weights are downloaded."""
+    if options.dataset != "synthetic":
+        load_dataset(options.dataset, options.root, unlabelled=options.unlabelled)
+
+
 def load_images(options):
     """(training images, test images), without those that cannot be read.
 
@@ -619,7 +626,8 @@ def run_folder(options, sizes):
 def main():
     options = parse_options()
     find_device(options.device)  # an impossible --device ends the program before it reads files
-    # Before files are read, so that its mistake comes first.
+    find_images(options)
+    # Before images are read, so that its mistake comes first.
     net = new_network(options, options.pooling, options.size)
     training, test = load_images(options)
     net = train(training, options, net)
