@@ -8,7 +8,6 @@ The first command needs no data: it draws some, trains a baseline with labels an
 distils a student, in a few minutes on a CPU. In the last one the teacher has --weights, too.
 """
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from data import (
     settle_dataset,
 )
 from evaluate import (
-    HELP_FORMAT,
     Progress,
     autocast,
     compare,
@@ -44,6 +42,7 @@ from evaluate import (
     extract,
     find_device,
     load_network,
+    new_parser,
     number,
     run_program,
     trained_on,
@@ -286,15 +285,12 @@ def finish(teacher, student, training, test, options, supervised=()):
 
 def parse_options(argv=None):
     """Parse the command line; what it leaves open is None until `complete_options`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=train.describe_recipes(RECIPES)
+    epilog = (
+        train.describe_recipes(RECIPES)
         + "\nA --teacher's size, network and --dim replace these; --unlabelled alone has --dim 0."
-        "\nIn the miniature --epochs, --batch-size, --lr and --min-scale are the student's.",
-        formatter_class=HELP_FORMAT,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
+        "\nIn the miniature --epochs, --batch-size, --lr and --min-scale are the student's."
     )
+    parser = new_parser(__doc__, epilog)
     add = parser.add_argument
     add(
         "--teacher",

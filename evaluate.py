@@ -773,7 +773,17 @@ def default_workers():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30)
+def new_parser(description, epilog):
+    """The ArgumentParser of a program: texts as they stand, no abbreviated options."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30
+        ),
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
 
 
 def number(kind, low, high=math.inf):
@@ -792,13 +802,7 @@ def number(kind, low, high=math.inf):
 
 def parse_options(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Defaults are in parentheses.",
-        formatter_class=HELP_FORMAT,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__, "Defaults are in parentheses.")
     add = parser.add_argument
     add(
         "--teacher",
@@ -972,7 +976,7 @@ def trained_on(dataset, trained):
         return trained
     classes = trained.get("classes")
     if classes and all(os.path.isdir(os.path.join(dataset, name)) for name in classes):
-        say(f"note: {dataset} has the training classes of {trained['dataset']}: it is its copy")
+        say(f"note: {dataset} has the training classes of {trained['dataset']}, as a copy would")
         return trained
     return {}
 

@@ -9,7 +9,6 @@ The first makes the network that distill.py needs as --teacher.
 # This file also holds what train.py and distill.py share: options, optimizer, schedule, checkpoints
 # and the log. What evaluate.py shares with them is there: device, processes, progress, mistakes.
 
-import argparse
 import json
 import math
 import sys
@@ -38,7 +37,6 @@ from data import (
     settle_dataset,
 )
 from evaluate import (
-    HELP_FORMAT,
     PRECISIONS,
     Progress,
     add_over_processes,
@@ -48,6 +46,7 @@ from evaluate import (
     default_workers,
     extract,
     find_device,
+    new_parser,
     note_other_photographs,
     number,
     run_program,
@@ -573,13 +572,7 @@ def describe_recipes(recipes):
 
 def parse_options(argv=None):
     """Parse the command line; what it leaves open is filled in from the data set's recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_recipes(RECIPES),
-        formatter_class=HELP_FORMAT,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+    parser = new_parser(__doc__, describe_recipes(RECIPES))
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="cub, cars, sop, synthetic or a folder (synthetic)")
     add("--root", metavar="FOLDER", help="folder that holds the data set (the current one)")
